@@ -1,0 +1,173 @@
+"""Everything that can go wrong, as data; how an error looks on the wire is decided in `registry_api`.
+
+    ChandleryError
+    ├── InvalidDigestError          not a digest
+    ├── InvalidNameError            not a repository name, or one that can't name an image
+    ├── InvalidReferenceError       not a tag or a digest
+    ├── InvalidSourceError          not a package source
+    ├── SettingsError               the settings can't be used
+    ├── NotFoundError
+    │   ├── ReferenceNotFoundError  the source has no such tag, or no such manifest is known
+    │   ├── BlobNotFoundError       no such blob
+    │   └── PackagesNotFoundError   the package set has no such attribute paths
+    ├── SourceUnavailableError      the package set can't be had now, and never was
+    ├── EvaluationError             packages that can't be evaluated, each with its reason
+    ├── BuildError                  Nix could not build something
+    │   └── BuildTimeoutError       it took longer than the limit
+    ├── NixError                    Nix itself failed
+    │   └── NixMissingError         there is no Nix
+    ├── UnsupportedEntryError       a file that a layer can't hold
+    └── StorageError                the data folder can't be read or written
+        └── StorageFullError        no space left
+"""
+
+from collections.abc import Mapping, Sequence
+
+
+class ChandleryError(Exception):
+    """The root of the tree; its text is written for the person who pulled."""
+
+
+class InvalidDigestError(ChandleryError):
+    """Some text is not a sha256 digest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"{text!r} is not a digest: expected sha256: and 64 hexadecimal digits")
+        self.text = text
+
+
+class InvalidNameError(ChandleryError):
+    """Some text is not a repository name, or it can't name an image."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name!r} is not an image name: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+class InvalidReferenceError(ChandleryError):
+    """Some text is neither a tag nor a digest."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"{reference!r} is neither a tag nor a digest")
+        self.reference = reference
+
+
+class InvalidSourceError(ChandleryError):
+    """Some text does not name a package source."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(f"{text!r} is not a package source: {reason}")
+        self.text = text
+        self.reason = reason
+
+
+class SettingsError(ChandleryError):
+    """The settings can't be used; the text names the setting and what to do."""
+
+
+class NotFoundError(ChandleryError):
+    """What was asked for isn't there."""
+
+
+class ReferenceNotFoundError(NotFoundError):
+    """The package source has no such tag, or no manifest with this digest is known."""
+
+    def __init__(self, name: str, reference: str, hint: str) -> None:
+        super().__init__(f"{name}: no manifest {reference!r}: {hint}")
+        self.name = name
+        self.reference = reference
+        self.hint = hint
+
+
+class BlobNotFoundError(NotFoundError):
+    """No blob has this digest."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"no blob {digest}")
+        self.digest = digest
+
+
+class PackagesNotFoundError(NotFoundError):
+    """The package set has no such attribute paths."""
+
+    def __init__(self, missing: Sequence[str], suggestions: Mapping[str, Sequence[str]]) -> None:
+        described = [
+            f"{name} (did you mean {', '.join(suggestions[name])}?)" if suggestions.get(name) else name
+            for name in missing
+        ]
+        super().__init__(f"not in the package set: {', '.join(described)}")
+        self.missing = tuple(missing)
+        self.suggestions = dict(suggestions)
+
+
+class SourceUnavailableError(ChandleryError):
+    """The package set can't be had now, and there is no earlier state of it to serve."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"the package source {source} can't be reached: {reason}")
+        self.source = source
+        self.reason = reason
+
+
+class EvaluationError(ChandleryError):
+    """Packages that are in the set but can't be evaluated, each with Nix's reason."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name} can't be evaluated: {why}" for name, why in reasons.items()))
+        self.reasons = dict(reasons)
+
+
+class BuildError(ChandleryError):
+    """Nix could not build something that the image needs."""
+
+    def __init__(self, what: str, reason: str, log_tail: Sequence[str]) -> None:
+        tail = "".join(f"\n  {line}" for line in log_tail)
+        super().__init__(f"{what} could not be built: {reason}{tail}")
+        self.what = what
+        self.reason = reason
+        self.log_tail = tuple(log_tail)
+
+
+class BuildTimeoutError(BuildError):
+    """The build took longer than the limit in the settings (seconds)."""
+
+    def __init__(self, what: str, limit: float, log_tail: Sequence[str]) -> None:
+        super().__init__(what, f"it was stopped after {limit:g} s, the limit on this server", log_tail)
+        self.limit = limit
+
+
+class NixError(ChandleryError):
+    """Nix itself failed: it isn't about one package."""
+
+
+class NixMissingError(NixError):
+    """There is no Nix on this machine."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(
+            f"the program {program} was not found: install Nix "
+            "(on Debian: apt-get install nix-bin), or add it to PATH"
+        )
+        self.program = program
+
+
+class UnsupportedEntryError(ChandleryError):
+    """A store path holds something that an image layer can't."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path} can't stand in an image layer: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class StorageError(ChandleryError):
+    """The data folder can't be read or written."""
+
+
+class StorageFullError(StorageError):
+    """There is no space left where the data folder is."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"no space left on the device that holds {path}: free some and pull again")
+        self.path = path
