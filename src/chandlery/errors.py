@@ -1,31 +1,43 @@
 """Everything that can go wrong, as data; how an error looks on the wire is decided in `registry_api`.
 
-    ChandleryError
-    ├── InvalidDigestError          not a digest
-    ├── InvalidNameError            not a repository name, or one that can't name an image
-    ├── InvalidReferenceError       not a tag or a digest
-    ├── InvalidSourceError          not a package source
-    ├── SettingsError               the settings can't be used
-    ├── NotFoundError
-    │   ├── ReferenceNotFoundError  the source has no such tag, or no such manifest is known
-    │   ├── BlobNotFoundError       no such blob
-    │   └── PackagesNotFoundError   the package set has no such attribute paths
-    ├── SourceUnavailableError      the package set can't be had now, and never was
-    ├── EvaluationError             packages that can't be evaluated, each with its reason
-    ├── BuildError                  Nix could not build something
-    │   └── BuildTimeoutError       it took longer than the limit
-    ├── NixError                    Nix itself failed
-    │   └── NixMissingError         there is no Nix
-    ├── UnsupportedEntryError       a file that a layer can't hold
-    └── StorageError                the data folder can't be read or written
-        └── StorageFullError        no space left
+ChandleryError
+├── InvalidDigestError          not a digest
+├── InvalidNameError            not a repository name, or one that can't name an image
+├── InvalidReferenceError       not a tag or a digest
+├── InvalidSourceError          not a package source
+├── SettingsError               the settings can't be used
+├── NotFoundError
+│   ├── ReferenceNotFoundError  the source has no such tag, or no such manifest is known
+│   ├── BlobNotFoundError       no such blob
+│   └── PackagesNotFoundError   the package set has no such attribute paths
+├── SourceUnavailableError      the package set can't be had now, and never was
+├── EvaluationError             packages that can't be evaluated, each with its reason
+├── BuildError                  Nix could not build something
+│   ├── BuildTimeoutError       it took longer than the limit
+│   └── DownloadError           something that it needs could not be fetched
+├── NixError                    Nix itself failed
+│   └── NixMissingError         there is no Nix
+├── UnsupportedEntryError       a file that a layer can't hold
+├── StorePathContentError       a file below nix-support that can't be understood
+└── StorageError                the data folder can't be read or written
+    └── StorageFullError        no space left
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class ChandleryError(Exception):
     """The root of the tree; its text is written for the person who pulled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Layers are packed in other processes. An exception is unpickled by calling its class with its text,
+        # which is not what most of these take, so it would be lost on its way back.
+        return _revive, (type(self), self.args), self.__dict__
+
+
+def _revive(cls: type[ChandleryError], args: tuple[Any, ...]) -> ChandleryError:
+    return cls.__new__(cls, *args)
 
 
 class InvalidDigestError(ChandleryError):
@@ -137,6 +149,10 @@ class BuildTimeoutError(BuildError):
         self.limit = limit
 
 
+class DownloadError(BuildError):
+    """Something that the build needs could not be fetched from where it should be."""
+
+
 class NixError(ChandleryError):
     """Nix itself failed: it isn't about one package."""
 
@@ -158,6 +174,16 @@ class UnsupportedEntryError(ChandleryError):
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path} can't stand in an image layer: {reason}")
         self.path = path
+        self.reason = reason
+
+
+class StorePathContentError(ChandleryError):
+    """A file of a store path that tells Chandlery something can't be understood."""
+
+    def __init__(self, store_path: str, file: str, reason: str) -> None:
+        super().__init__(f"{store_path}/{file}: {reason}")
+        self.store_path = store_path
+        self.file = file
         self.reason = reason
 
 

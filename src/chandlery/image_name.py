@@ -72,6 +72,12 @@ def parse(name: str, reference: str, host: Platform) -> ImageRequest:
 
     Raises `InvalidNameError` and `InvalidReferenceError`.
     """
+    check(name, reference)
+    return of_parts(name.split("/"), reference, host)
+
+
+def check(name: str, reference: str) -> None:
+    """Raise `InvalidNameError` or `InvalidReferenceError` unless both keep distribution-spec's grammar."""
     if len(name) > _LONGEST_NAME:
         raise InvalidNameError(f"{name[:40]}...", f"it is longer than {_LONGEST_NAME} characters")
     if _NAME.fullmatch(name) is None:
@@ -80,8 +86,8 @@ def parse(name: str, reference: str, host: Platform) -> ImageRequest:
             "its parts are separated by / and hold a-z and 0-9, "
             "with single . or _ (or __, or any number of -) between them",
         )
-    check_reference(reference)
-    return of_parts(name.split("/"), reference, host)
+    if _TAG.fullmatch(reference) is None and _DIGEST.fullmatch(reference) is None:
+        raise InvalidReferenceError(reference[:140])
 
 
 def of_parts(parts: Sequence[str], reference: str, host: Platform) -> ImageRequest:
@@ -108,12 +114,6 @@ def of_parts(parts: Sequence[str], reference: str, host: Platform) -> ImageReque
         raise InvalidNameError(name, "it names no package")
     platform = Platform("linux", architecture) if architecture else host
     return ImageRequest(tuple(sorted(set(packages))), platform, shell, reference)
-
-
-def check_reference(reference: str) -> None:
-    """Raise `InvalidReferenceError` unless `reference` is a tag or a sha256 digest."""
-    if _TAG.fullmatch(reference) is None and _DIGEST.fullmatch(reference) is None:
-        raise InvalidReferenceError(reference[:140])
 
 
 def is_digest(reference: str) -> bool:

@@ -105,6 +105,17 @@ class PackedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class BuiltImage:
+    """One image: its manifest in every format, over the same config and layers."""
+
+    manifests: Mapping[ManifestFormat, Descriptor]
+    config: Descriptor
+    layers: tuple[PackedLayer, ...]
+    store_paths: int  # in its closure
+    closure_size: int  # bytes, the sum of nar sizes
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerConfig:
     """What a container is started with (image-spec, config.md, the "config" property)."""
 

@@ -1,0 +1,291 @@
+"""The `chandlery` command."""
+
+import asyncio
+import ctypes
+import hashlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from granian import Granian
+from granian.constants import Interfaces
+from granian.log import LogLevels
+from starlette.applications import Starlette
+
+from chandlery import __version__, image_name, image_output, logs
+from chandlery.app import create_app, image_builder, open_parts
+from chandlery.blob_store import FileBlobStore
+from chandlery.closure import StorePath
+from chandlery.digest import Digest
+from chandlery.errors import ChandleryError, PackagesNotFoundError, SettingsError
+from chandlery.image_name import LATEST, ImageRequest
+from chandlery.nix import Nix
+from chandlery.oci import BuiltImage, ManifestFormat, Platform
+from chandlery.root_layer import RootLayerOptions
+from chandlery.settings import Settings
+
+_PR_SET_PDEATHSIG = 1
+
+app = typer.Typer(
+    name="chandlery",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="A container registry whose images are built from Nix packages the moment they are pulled.\n\n"
+    "Every option can be set by an environment variable, CHANDLERY_ and the option's name in capitals, or in "
+    "the TOML file that CHANDLERY_SETTINGS names.",
+)
+
+DataDir = Annotated[Path | None, typer.Option(help="Where everything is kept.", show_default=False)]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        help="The package set: debian!SUITE or path!FOLDER. [default: debian!bookworm]", show_default=False
+    ),
+]
+MaxLayers = Annotated[
+    int | None,
+    typer.Option(help="Layers per image, the root filesystem's included. [default: 96]", show_default=False),
+]
+Compression = Annotated[
+    str | None, typer.Option(help="Of layers: none, gzip or zstd. [default: gzip]", show_default=False)
+]
+
+
+def main() -> None:
+    """Run the command; what went wrong is told in one line on stderr, with exit code 1."""
+    try:
+        app()
+    except ChandleryError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="The address to listen on. [default: 127.0.0.1]", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="The port to listen on. [default: 8080]", show_default=False)
+    ] = None,
+    data_dir: DataDir = None,
+    source: Source = None,
+    max_layers: MaxLayers = None,
+    compression: Compression = None,
+) -> None:
+    """Serve images until Ctrl-C.
+
+    An image's name lists its packages: `docker run -it localhost:8080/shell/git/jq`.
+    """
+    settings = Settings.load(
+        host=host, port=port, data_dir=data_dir, source=source, max_layers=max_layers, compression=compression
+    )
+    logs.configure(settings.log_format)
+    _check_address(settings)
+    # Whatever can't work is said now, in one line, rather than by a worker that dies.
+    asyncio.run(_check(settings))
+    shown = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else settings.host  # noqa: S104
+    typer.echo(f"Chandlery serves {settings.source} at http://{settings.host}:{settings.port}/. Try:\n")
+    typer.echo(f"  docker run -it {shown}:{settings.port}/shell/git/jq\n")
+    Granian(
+        "chandlery.app:create_app",
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.ASGI,
+        workers=1,
+        respawn_failed_workers=True,
+        websockets=False,
+        log_level=LogLevels.warning,
+    ).serve(target_loader=partial(_load, settings, os.getpid()), wrap_loader=False)
+
+
+@app.command()
+def build(
+    packages: Annotated[
+        list[str], typer.Argument(help="The parts of an image name: shell, arm64, amd64, then packages.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="The image's name. [default: its parts]", show_default=False)
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="The image's tag. [default: the build's own hash]", show_default=False)
+    ] = None,
+    contents: Annotated[
+        list[str] | None,
+        typer.Option(help="A store path, folder or file to put in beside the packages; repeatable."),
+    ] = None,
+    extra_commands: Annotated[
+        str, typer.Option(help="Bash, run in Nix's sandbox in the folder that will be / before it is packed.")
+    ] = "",
+    uid: Annotated[int, typer.Option(min=0, help="Who owns what the last layer holds.")] = 0,
+    gid: Annotated[int, typer.Option(min=0, help="The group that owns what the last layer holds.")] = 0,
+    max_layers: MaxLayers = None,
+    source: Source = None,
+    compression: Compression = None,
+    data_dir: DataDir = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the image there: an archive for docker load and skopeo if the name ends in .tar, "
+            "else a folder with an OCI layout.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest and where each blob is, and nothing else.")
+    ] = False,
+) -> None:
+    """Build one image without a server.
+
+    `chandlery build shell git jq --output image.tar`, then `docker load --input image.tar`.
+    """
+    settings = Settings.load(data_dir=data_dir, source=source, max_layers=max_layers, compression=compression)
+    logs.configure(settings.log_format)
+    request = image_name.of_parts(packages, LATEST, Platform.of_host())
+    wanted = _Wanted(name or request.name, tag, contents or [], extra_commands, (uid, gid), output)
+    try:
+        built = asyncio.run(_build(settings, request, wanted))
+    except PackagesNotFoundError as error:
+        if not as_json:
+            raise
+        typer.echo(msgspec.json.encode({"error": "not_found", "pkgs": error.missing}))
+        raise typer.Exit(1) from error
+    typer.echo(built.as_json() if as_json else built.as_text())
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What `chandlery build` was asked for, beside the packages."""
+
+    name: str
+    tag: str | None
+    contents: Sequence[str]
+    extra_commands: str
+    owner: tuple[int, int]
+    output: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What `chandlery build` made, and where its blobs are."""
+
+    reference: str
+    image: BuiltImage
+    blobs: FileBlobStore
+
+    def files(self) -> dict[Digest, Path]:
+        """Give the file of every blob of the image, the OCI manifest included."""
+        manifest = self.image.manifests[ManifestFormat.OCI]
+        descriptors = (manifest, self.image.config, *(layer.descriptor for layer in self.image.layers))
+        return {each.digest: self.blobs.path(each.digest) for each in descriptors}
+
+    def as_json(self) -> bytes:
+        """Give the contract of one build: the manifest, and path and MD5 (base64) of config and layers."""
+        config = self.image.config.digest
+        md5 = {layer.descriptor.digest: layer.md5 for layer in self.image.layers}
+        content = hashlib.md5(self.blobs.path(config).read_bytes(), usedforsecurity=False)
+        md5[config] = b64encode(content.digest()).decode()
+        manifest = self.blobs.path(self.image.manifests[ManifestFormat.OCI].digest).read_bytes()
+        return msgspec.json.encode(
+            {
+                "manifest": msgspec.Raw(manifest),
+                "layerLocations": {
+                    digest.hex: {"path": str(self.blobs.path(digest)), "md5": checksum}
+                    for digest, checksum in sorted(md5.items())
+                },
+            }
+        )
+
+    def as_text(self) -> str:
+        """Give a summary for people."""
+        size = sum(layer.descriptor.size for layer in self.image.layers)
+        return (
+            f"{self.reference}\n"
+            f"  {self.image.manifests[ManifestFormat.OCI].digest}\n"
+            f"  {self.image.store_paths} store paths, {self.image.closure_size / 1e6:.1f} MB\n"
+            f"  {len(self.image.layers)} layers, {size / 1e6:.1f} MB"
+        )
+
+
+async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> _Built:
+    async with open_parts(settings) as parts:
+        with tempfile.TemporaryDirectory(dir=settings.data_dir, prefix="contents-") as roots:
+            contents = [await _store_path(parts.nix, text, Path(roots)) for text in wanted.contents]
+            root_layer = RootLayerOptions(*wanted.owner, tuple(contents), wanted.extra_commands)
+            async with image_builder(settings, parts, root_layer) as builder:
+                image = await builder.image(request)
+        tag = wanted.tag or image.manifests[ManifestFormat.OCI].digest.hex[:32]
+        image_name.check(wanted.name, tag)
+        built = _Built(f"{wanted.name}:{tag}", image, parts.blobs)
+        if wanted.output is not None:
+            image_output.write(image, request.platform, built.reference, built.files(), wanted.output)
+        return built
+
+
+async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
+    """Give the store path that `--contents` names, or make one of a file or folder."""
+    path = Path(text)
+    if path.parent == Path("/nix/store"):
+        store_path = StorePath.parse(text)
+        await nix.protect(store_path, roots)
+        return store_path
+    if not path.exists():
+        raise SettingsError(f"--contents {text}: there is no such file or folder")
+    return await nix.add(path, roots)
+
+
+def _load(settings: Settings, server: int) -> Starlette:
+    """Make the application in a worker of the server."""
+    # A worker whose server was killed would keep the port: it is to go too (prctl(2)).
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != server:
+        raise SystemExit(1)
+    logs.configure(settings.log_format)
+    return create_app(settings)
+
+
+async def _check(settings: Settings) -> None:
+    async with open_parts(settings) as parts:
+        await parts.source.pin(LATEST, Platform.of_host())
+
+
+def _check_address(settings: Settings) -> None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise SettingsError(
+                f"can't listen on {settings.host} port {settings.port}: {error.strerror}: "
+                "stop what listens there, or choose another with --port or --host"
+            ) from error
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"chandlery: {message}", err=True)
+    sys.exit(1)

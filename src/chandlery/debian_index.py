@@ -1,0 +1,312 @@
+"""The index of a Debian suite, fetched by apt; the last good one serves while a mirror is down.
+
+apt runs in a private directory, for any architecture and without root, and checks the index's signature. Its
+mirrors are those that this machine's apt is configured with, unless the settings name others; none is written
+here. A lock is a folder named by its revision, made aside and renamed, so that what is there is whole.
+"""
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_process
+import msgspec
+import structlog
+
+from chandlery.debian_lock import DebianLock, parse_packages
+from chandlery.errors import SourceUnavailableError
+
+log = structlog.get_logger()
+
+# Revisions that tags may still name; older ones are removed.
+KEPT_LOCKS = 8
+
+_ALIASES = Path(__file__).parent / "nix" / "debian_aliases.json"
+_COMPONENT = "main"
+_APT_TIMEOUT = 300.0  # seconds; apt gives up on a silent mirror long before
+
+_APT_CONFIGURATION = """\
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear Acquire::IndexTargets;
+#clear APT::Architectures;
+Acquire::IndexTargets::deb::Packages {{
+    MetaKey "$(COMPONENT)/binary-$(ARCHITECTURE)/Packages";
+    ShortDescription "Packages";
+    Description "$(RELEASE)/$(COMPONENT) $(ARCHITECTURE) Packages";
+}};
+Acquire::Languages "none";
+Acquire::http::Timeout "20";
+Acquire::https::Timeout "20";
+Acquire::Retries "2";
+APT::Architecture "{architecture}";
+APT::Architectures {{ "{architecture}"; }};
+APT::Update::Error-Mode "any";
+Dir::State "{folder}/state";
+Dir::State::status "/dev/null";
+Dir::Cache "{folder}/cache";
+Dir::Etc::sourcelist "{folder}/sources.list";
+Dir::Etc::sourceparts "/dev/null";
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DebianMirrors:
+    """Where packages come from; what is empty is read from this machine's apt configuration.
+
+    `security` is the mirror of `<suite>-security`, a repository of its own; `keyring` is the file with the
+    keys that sign the index.
+    """
+
+    main: str = ""
+    security: str = ""
+    keyring: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """One line of a sources.list(5): the address, and the release below its `dists/`."""
+
+    address: str
+    release: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedIndex:
+    """A suite as it stood once: the folder with its lock, and the addresses its repositories have now."""
+
+    revision: str
+    lock: Path
+    mirrors: tuple[str, ...]
+
+
+class DebianIndex:
+    """One suite for one architecture, in a folder of its own."""
+
+    def __init__(self, folder: Path, suite: str, architecture: str, mirrors: DebianMirrors) -> None:
+        self._folder = folder
+        self._suite = suite
+        self._architecture = architecture
+        self._mirrors = mirrors
+
+    def current(self) -> PinnedIndex | None:
+        """Give the last good state of the suite, or None if there never was one."""
+        try:
+            revision = (self._folder / "current").read_text().strip()
+        except FileNotFoundError:
+            return None
+        return self.at(revision)
+
+    def at(self, revision: str) -> PinnedIndex | None:
+        """Give the suite as it stood at a revision (or the beginning of one), if it is still kept."""
+        if re.fullmatch("[0-9a-f]{12,64}", revision) is None:
+            return None
+        lock = next(iter(sorted((self._folder / "locks").glob(f"{revision}*"))), None)
+        if lock is None:
+            return None
+        mirrors = msgspec.json.decode((self._folder / "mirrors.json").read_bytes(), type=tuple[str, ...])
+        return PinnedIndex(lock.name, lock, mirrors)
+
+    def age(self) -> float:
+        """Tell how many seconds ago the index was last fetched; infinity if never."""
+        try:
+            return max(0.0, time.time() - (self._folder / "current").stat().st_mtime)
+        except FileNotFoundError:
+            return float("inf")
+
+    async def refresh(self, max_age: float = 0.0) -> PinnedIndex:
+        """Fetch the index unless it is younger than `max_age` seconds.
+
+        Several callers, also in other processes, wait for one of them to do it. Raises
+        `SourceUnavailableError`; what was kept before stays.
+        """
+        began = time.monotonic()
+        async with self._exclusively():
+            # One that waited for another's fetch takes what that gave.
+            if self.age() >= max_age and self.age() > time.monotonic() - began:
+                await self._fetch()
+        pinned = self.current()
+        if pinned is None:
+            raise SourceUnavailableError(
+                f"debian!{self._suite}", "the index was removed while it was fetched"
+            )
+        return pinned
+
+    async def _fetch(self) -> None:
+        repositories = await self._repositories()
+        apt = self._folder / "apt"
+        for needed in ("state/lists/partial", "cache/archives/partial"):
+            (apt / needed).mkdir(parents=True, exist_ok=True)
+        configuration = apt / "apt.conf"
+        configuration.write_text(_APT_CONFIGURATION.format(folder=apt, architecture=self._architecture))
+        option = f"[signed-by={self._mirrors.keyring}] " if self._mirrors.keyring else ""
+        (apt / "sources.list").write_text(
+            "".join(f"deb {option}{each.address} {each.release} {_COMPONENT}\n" for each in repositories)
+        )
+        await self._apt("apt-get", "-c", str(configuration), "update")
+        listed = await self._apt(
+            "apt-get", "-c", str(configuration), "indextargets",
+            "--format", "$(REPO_URI)|$(RELEASE)|$(FILENAME)", "Created-By: Packages",
+        )  # fmt: skip
+        files = {}
+        for line in listed.splitlines():
+            address, release, file = line.split("|", 2)
+            files[address.rstrip("/"), release] = file
+        texts = [
+            await self._apt("/usr/lib/apt/apt-helper", "cat-file", files[each.address, each.release])
+            for each in repositories
+        ]
+        # Seconds of pure computation: in a process of its own, so that a server goes on serving.
+        revision, unresolved = await anyio.to_process.run_sync(
+            keep_lock, self._folder, texts, [each.address for each in repositories]
+        )
+        log.info(
+            "debian index fetched",
+            suite=self._suite,
+            architecture=self._architecture,
+            revision=revision,
+            unresolved=len(unresolved),
+        )
+
+    async def _repositories(self) -> list[Repository]:
+        """List the suite, its updates and its security updates, at the mirrors in force."""
+        main, security = self._mirrors.main, self._mirrors.security
+        if not main or not security:
+            configured = await self._configured()
+            main = main or configured.get("main", "")
+            security = security or configured.get("security", "")
+        if not main:
+            raise SourceUnavailableError(
+                f"debian!{self._suite}",
+                "this machine's apt has no Debian mirror configured; set CHANDLERY_DEBIAN_MIRROR to one",
+            )
+        wanted = [
+            (main, self._suite),
+            (main, f"{self._suite}-updates"),
+            (security, f"{self._suite}-security"),
+        ]
+        return [Repository(address.rstrip("/"), release) for address, release in wanted if address]
+
+    async def _configured(self) -> Mapping[str, str]:
+        """Find the mirrors of this machine's own apt: of the release it runs, and of security updates."""
+        listed = await self._apt(
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(RELEASE)|$(COMPONENT)|$(REPO_URI)",
+            "Created-By: Packages",
+        )
+        found: dict[str, str] = {}
+        for line in listed.splitlines():
+            release, component, address = line.split("|", 2)
+            if component != _COMPONENT:
+                continue
+            if release.endswith(("-security", "/updates")):
+                found.setdefault("security", address)
+            elif release in (self._suite, _running_release()):
+                found.setdefault("main", address)
+        return found
+
+    async def _apt(self, *command: str) -> str:
+        """Run one of apt's programs; give its output, or raise what it said went wrong."""
+        source = f"debian!{self._suite}"
+        environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=environment,
+            )
+        except FileNotFoundError as error:
+            raise SourceUnavailableError(
+                source, f"{command[0]} was not found: this package set needs Debian's apt on this machine"
+            ) from error
+        try:
+            async with asyncio.timeout(_APT_TIMEOUT):
+                output, complaint = await process.communicate()
+        except BaseException as error:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            if isinstance(error, TimeoutError):
+                raise SourceUnavailableError(
+                    source, f"apt did not finish within {_APT_TIMEOUT:g} s"
+                ) from error
+            raise
+        if process.returncode != 0:
+            said = [
+                line for line in complaint.decode(errors="replace").splitlines() if line[:2] in ("E:", "W:")
+            ]
+            reason = "; ".join(said[:4]) or f"exit code {process.returncode}"
+            raise SourceUnavailableError(source, f"apt said: {reason}")
+        return output.decode(errors="replace")
+
+    @asynccontextmanager
+    async def _exclusively(self) -> AsyncIterator[None]:
+        """Hold the folder's lock file, against other tasks and other processes alike."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "lock").open("w") as file:
+            await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
+            yield
+
+
+def keep_lock(folder: Path, texts: Sequence[str], addresses: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Make the lock of some Packages files, and only then let `current` name it.
+
+    A kill in between leaves the old one in force. Gives the lock's revision, and the dependencies that
+    nothing meets.
+    """
+    packages = (each for number, text in enumerate(texts) for each in parse_packages(text, number))
+    lock = DebianLock.of(packages, load_aliases())
+    revision = lock.revision()
+    locks = folder / "locks"
+    if not (locks / revision).exists():
+        aside = folder / "lock.new"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, content in lock.files():
+            (aside / name).write_bytes(content)
+        os.sync()
+        locks.mkdir(exist_ok=True)
+        aside.rename(locks / revision)
+    _replace(folder / "mirrors.json", msgspec.json.encode(list(addresses)))
+    _replace(folder / "current", revision.encode())
+    (locks / revision).touch()
+    by_age = sorted(locks.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
+    for old in by_age[KEPT_LOCKS:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return revision, lock.unresolved
+
+
+def load_aliases() -> Mapping[str, Sequence[str]]:
+    """Read the names of nixpkgs, and for each the Debian packages that hold the same."""
+    return msgspec.json.decode(_ALIASES.read_bytes(), type=dict[str, list[str]])
+
+
+def _running_release() -> str:
+    """Give the code name of the Debian release that this machine runs (os-release(5))."""
+    try:
+        text = Path("/etc/os-release").read_text()
+    except OSError:
+        return ""
+    match = re.search(r"^VERSION_CODENAME=(\S+)$", text, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.new")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)

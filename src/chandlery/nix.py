@@ -1,0 +1,378 @@
+"""The only caller of Nix: as a program, by argument vector, with JSON in and JSON out.
+
+Nix works in a store of its own in the data folder, or in the machine's. Either way it is configured by
+NIX_CONFIG, so that a call is the same on every machine. stdout and stderr are read at the same time: a build
+that says much on one of them never waits for somebody to read the other.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.errors import (
+    BuildError,
+    BuildTimeoutError,
+    ChandleryError,
+    DownloadError,
+    NixError,
+    NixMissingError,
+    StorageFullError,
+)
+from chandlery.package_source import PinnedSource
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+EXPRESSIONS = Path(__file__).parent / "nix"
+
+# What a derivation of the embedded set finds of this machine in its sandbox: the programs that unpack a .deb.
+_SANDBOX_PATHS = ("/bin", "/usr", "/lib", "/lib64", "/var/lib/dpkg")
+# Lines of Nix's output that an error repeats.
+_LOG_TAIL = 20
+# Seconds that Nix has to stop its builders before it is killed.
+_STOP_TIMEOUT = 10.0
+
+T = TypeVar("T")
+
+_BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
+_DOWNLOAD_FAILED = re.compile(r"error: (unable to download .*|hash mismatch in fixed-output derivation .*)")
+_MISSING_DERIVATION = re.compile(
+    r"path '[^']+\.drv' (?:is not valid|does not exist)|derivation '[^']+' .*not valid"
+)
+_TRACE_HINT = " (use '--show-trace' to show detailed location information)"
+_NIX_LINE = re.compile(
+    r"(this|these) .*(will be (built|fetched)|derivations?)|  /nix/store/|building '|error: |warning: "
+)
+_DISK_FULL = re.compile("No space left on device|disk is full", re.IGNORECASE)
+
+
+class Resolution(msgspec.Struct, frozen=True, kw_only=True):
+    """What an attribute path gives: a derivation, or why there is none (`nix/resolve.nix`)."""
+
+    status: str
+    name: str = ""
+    pname: str = ""
+    version: str = ""
+    main_program: str | None = msgspec.field(name="mainProgram", default=None)
+    derivation: str = msgspec.field(name="drvPath", default="")
+    output: str = ""
+    outputs: dict[str, str] = {}
+    message: str = ""
+
+    @property
+    def found(self) -> bool:
+        """Tell whether there is a derivation."""
+        return self.status == "found"
+
+    @property
+    def store_path(self) -> StorePath:
+        """The output that was asked for."""
+        return StorePath.parse(self.outputs[self.output])
+
+
+class DerivationMissingError(NixError):
+    """A derivation that was resolved earlier was removed from the store since; resolve it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class NixLimits:
+    """How much Nix may do at once, and how long it may take (seconds)."""
+
+    build_timeout: float = 3600.0
+    evaluation_timeout: float = 120.0
+    jobs: int = 4
+
+
+class Nix:
+    """Nix with one store: `folder` holds a store of Chandlery's own, None stands for the machine's."""
+
+    def __init__(self, folder: Path | None, limits: NixLimits) -> None:
+        self._folder = folder
+        self._limits = limits
+
+    @property
+    def store_root(self) -> Path:
+        """Where `<hash>-<name>` is found on this machine; a store of its own lies elsewhere than it says."""
+        return (self._folder / "nix/store") if self._folder else Path("/nix/store")
+
+    async def check(self) -> str:
+        """Make sure that Nix and its store can be used; give its version. `NixError` says what to do."""
+        version = (await self._run("nix-store", "--version", timeout=60.0)).stdout.strip()
+        # Makes the store's folders and its database.
+        await self._run("nix-store", "--verify-path", timeout=60.0)
+        return version
+
+    async def resolve(
+        self, source: PinnedSource, system: str, attribute_paths: Sequence[str]
+    ) -> dict[str, Resolution]:
+        """Evaluate all attribute paths at once; one that can't be evaluated is an answer like any other."""
+        request = {"source": source.to_nix(), "system": system, "attributePaths": list(attribute_paths)}
+        try:
+            answers = await self._evaluate("resolve.nix", request, dict[str, Resolution])
+        except _EvaluationFailedError as error:
+            # Something that tryEval can't catch. Alone, each path shows whether it is the one.
+            if len(attribute_paths) == 1:
+                return {attribute_paths[0]: Resolution(status="failed", message=error.message)}
+            answers = {}
+            for path in attribute_paths:
+                answers |= await self.resolve(source, system, [path])
+            return answers
+        for path, answer in answers.items():
+            if not answer.found and answer.status != "not_found":
+                answers[path] = msgspec.structs.replace(answer, message=await self._explain(request, path))
+        return answers
+
+    async def attribute_names(self, source: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
+        """Give the names that a package set offers below an attribute path; none where that fails."""
+        request = {"source": source.to_nix(), "system": system, "parent": list(parent)}
+        try:
+            return await self._evaluate("attribute_names.nix", request, list[str])
+        except _EvaluationFailedError as error:
+            log.info("attribute names can't be listed", source=source.location, reason=error.message)
+            return []
+
+    async def realise(self, derivations: Sequence[str], roots: Path, build_log: Path) -> None:
+        """Build what isn't there, and protect it from Nix's garbage collector by links in `roots`.
+
+        A derivation may be followed by `!` and the output that is wanted, else all of them are. Everything
+        that Nix says goes to `build_log` as it comes. Raises `BuildError`, `BuildTimeoutError` when the limit
+        is reached, `DerivationMissingError`.
+        """
+        roots.mkdir(parents=True, exist_ok=True)
+        command = ("nix-store", "--realise", *derivations, "--add-root", str(roots / "result"), "--indirect")
+        with build_log.open("ab", buffering=0) as file:
+            try:
+                result = await self._run(
+                    *command, timeout=self._limits.build_timeout, on_line=file.write, check=False
+                )
+            except TimeoutError as error:
+                what = ", ".join(_package_name(path) for path in derivations)
+                tail = _log_tail(build_log.read_text(errors="replace"))
+                raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
+        if result.code != 0:
+            raise _build_error(result.stderr, derivations, str(self.store_root))
+
+    async def closure(self, roots: Iterable[StorePath]) -> Closure:
+        """Give the closure of store paths that are there."""
+        wanted = tuple(sorted(set(roots)))
+        described = await self._run(
+            "nix",
+            "path-info",
+            "--json",
+            "--recursive",
+            *map(str, wanted),
+            timeout=self._limits.evaluation_timeout,
+        )
+        listed: Any = msgspec.json.decode(described.stdout)
+        # Nix 2.19 made the list an object with the paths as its keys.
+        entries = (
+            listed if isinstance(listed, list) else [{"path": path, **of} for path, of in listed.items()]
+        )
+        return Closure.of(
+            wanted,
+            (
+                ClosureNode(
+                    StorePath.parse(entry["path"]),
+                    entry["narSize"],
+                    tuple(map(StorePath.parse, entry["references"])),
+                )
+                for entry in entries
+            ),
+        )
+
+    async def add(self, path: Path, roots: Path) -> StorePath:
+        """Copy a file or a folder into the store, protected like what `realise` builds."""
+        result = await self._run("nix-store", "--add", str(path), timeout=self._limits.build_timeout)
+        added = StorePath.parse(result.stdout.strip())
+        await self.protect(added, roots)
+        return added
+
+    async def protect(self, path: StorePath, roots: Path) -> None:
+        """Keep a store path that is there from Nix's garbage collector by a link in the folder `roots`."""
+        roots.mkdir(parents=True, exist_ok=True)
+        link = roots / path.base_name
+        await self._run(
+            "nix-store", "--realise", str(path), "--add-root", str(link), "--indirect",
+            timeout=self._limits.build_timeout,
+        )  # fmt: skip
+
+    async def instantiate(self, expression: str, arguments: Mapping[str, str]) -> str:
+        """Give the derivation of an expression of Chandlery's own, called with strings."""
+        argv = [word for name, value in arguments.items() for word in ("--argstr", name, value)]
+        result = await self._run(
+            "nix-instantiate", str(EXPRESSIONS / expression), *argv, timeout=self._limits.evaluation_timeout
+        )
+        return result.stdout.strip().splitlines()[-1]
+
+    async def _explain(self, request: Mapping[str, Any], attribute_path: str) -> str:
+        """Evaluate one attribute path unguarded, to hear what Nix says of it."""
+        try:
+            await self._evaluate("explain.nix", {**request, "attributePaths": [attribute_path]}, str)
+        except _EvaluationFailedError as error:
+            return error.message
+        return ""
+
+    async def _evaluate(self, expression: str, request: Mapping[str, Any], answer: type[T]) -> T:
+        result = await self._run(
+            "nix-instantiate", "--eval", "--strict", "--json", "--read-write-mode",
+            str(EXPRESSIONS / expression), "--argstr", "request", msgspec.json.encode(request).decode(),
+            timeout=self._limits.evaluation_timeout, check=False,
+        )  # fmt: skip
+        if result.code != 0:
+            if _DISK_FULL.search(result.stderr):
+                raise StorageFullError(str(self.store_root))
+            raise _EvaluationFailedError(_last_error(result.stderr))
+        return msgspec.json.decode(result.stdout, type=answer)
+
+    async def _run(
+        self,
+        program: str,
+        *arguments: str,
+        timeout: float,
+        on_line: Callable[[bytes], object] | None = None,
+        check: bool = True,
+    ) -> "_Result":
+        """Run one of Nix's programs; after `timeout` seconds it is stopped, and `TimeoutError` raised."""
+        if shutil.which(program) is None:
+            raise NixMissingError(program)
+        process = await asyncio.create_subprocess_exec(
+            program,
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self._environment(),
+            start_new_session=True,
+        )
+        assert process.stdout is not None  # noqa: S101
+        assert process.stderr is not None  # noqa: S101
+        tail: deque[bytes] = deque(maxlen=400)
+        try:
+            async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
+                output = group.create_task(process.stdout.read())
+                group.create_task(_read_lines(process.stderr, tail, on_line))
+                group.create_task(process.wait())
+        finally:
+            if process.returncode is None:
+                await _stop(process)
+        code = process.returncode or 0
+        stderr = b"".join(tail).decode(errors="replace")
+        if check and code != 0:
+            raise NixError(f"{program}: {_last_error(stderr)}")
+        return _Result(code, output.result().decode(), stderr)
+
+    def _environment(self) -> dict[str, str]:
+        """Give the environment of a call: this process's, less what would make Nix behave otherwise."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("NIX_")}
+        for name in ("NIX_SSL_CERT_FILE", "NIX_REMOTE") if self._folder is None else ("NIX_SSL_CERT_FILE",):
+            if name in os.environ:
+                environment[name] = os.environ[name]
+        environment["LC_ALL"] = "C.UTF-8"
+        settings = {
+            "experimental-features": "nix-command",
+            "sandbox": "true",
+            "extra-sandbox-paths": " ".join(path for path in _SANDBOX_PATHS if Path(path).exists()),
+            "max-jobs": str(self._limits.jobs),
+            "connect-timeout": "15",
+            "stalled-download-timeout": "60",
+            "download-attempts": "3",
+            "log-lines": str(_LOG_TAIL),
+        }
+        if self._folder is not None:
+            settings |= {"store": str(self._folder), "build-users-group": "", "substituters": ""}
+            # The machine's own configuration is about the machine's own store.
+            environment["NIX_CONF_DIR"] = str(self._folder / "etc")
+            environment["NIX_USER_CONF_FILES"] = ""
+            environment["XDG_CACHE_HOME"] = str(self._folder / "cache")
+        environment["NIX_CONFIG"] = "".join(f"{name} = {value}\n" for name, value in settings.items())
+        return environment
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    code: int
+    stdout: str
+    stderr: str
+
+
+class _EvaluationFailedError(Exception):
+    """Nix could not evaluate something; `message` is its reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+async def _read_lines(
+    stream: asyncio.StreamReader, tail: deque[bytes], on_line: Callable[[bytes], object] | None
+) -> None:
+    """Read to the end, in pieces that may be longer than a line: builders print what they like."""
+    while piece := await stream.read(64 * 1024):
+        tail.append(piece)
+        if on_line is not None:
+            on_line(piece)
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """Stop Nix and its builders: politely first, so that it can clean up."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            async with asyncio.timeout(_STOP_TIMEOUT):
+                await process.wait()
+        except TimeoutError:
+            continue
+        except ProcessLookupError:
+            pass
+        return
+
+
+def _build_error(stderr: str, derivations: Sequence[str], store: str) -> ChandleryError:
+    """Read from Nix's output what failed and why."""
+    if _DISK_FULL.search(stderr):
+        return StorageFullError(store)
+    if _MISSING_DERIVATION.search(stderr):
+        return DerivationMissingError(_last_error(stderr))
+    tail = _log_tail(stderr)
+    refused = _DOWNLOAD_FAILED.search(stderr)
+    if refused is not None:
+        return DownloadError(", ".join(map(_package_name, derivations)), refused[1], tail)
+    failed = _BUILDER_FAILED.search(stderr)
+    if failed is not None:
+        return BuildError(_package_name(failed[1]), f"its builder {failed[2]}", tail)
+    return BuildError(", ".join(map(_package_name, derivations)), _last_error(stderr), tail)
+
+
+def _log_tail(output: str) -> list[str]:
+    """Give the last lines that builders wrote, without what Nix says around them."""
+    lines = (line for line in output.splitlines() if line.strip() and not _NIX_LINE.match(line))
+    return list(deque(lines, maxlen=_LOG_TAIL))
+
+
+def _package_name(derivation: str) -> str:
+    """`/nix/store/<hash>-git-2.39.5.drv!out` -> `git-2.39.5`."""
+    return derivation.rpartition("/")[2].partition("!")[0][33:].removesuffix(".drv")
+
+
+def _last_error(stderr: str) -> str:
+    """Give the reason in Nix's output, without the places in the expressions that led there."""
+    after = stderr.rpartition("error: ")[2] if "error: " in stderr else stderr
+    kept: list[str] = []
+    for line in after.splitlines():
+        if re.match(r"\s*(at|…|… ) ?", line) and (" at " in f" {line.strip()} " or "…" in line):
+            break
+        if line.strip():
+            kept.append(line.strip())
+        elif kept:
+            break
+    return " ".join(kept).replace(_TRACE_HINT, "") or "no reason given"

@@ -1,0 +1,12 @@
+# A root filesystem layer after an operator's commands.
+#   layer   the store path of the layer as a tar
+#   script  bash, run in the folder that is / in the image
+{ layer, script }:
+derivation {
+  name = "root-filesystem";
+  system = builtins.currentSystem;
+  builder = "/bin/bash";
+  args = [ ./run_extra_commands.sh ];
+  layer = builtins.storePath layer;
+  inherit script;
+}

@@ -1,0 +1,80 @@
+"""From attribute paths to derivations: asked of Nix once per pin, and then remembered.
+
+What an attribute path gives at a pin never changes, so a new mix of known packages calls no evaluator. What
+is missing or can't be evaluated isn't remembered: it is told, all of it at once, with the nearest names.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from rapidfuzz import fuzz, process
+
+from chandlery.build_index import BuildIndex
+from chandlery.digest import Digest
+from chandlery.errors import EvaluationError, PackagesNotFoundError
+from chandlery.nix import Nix, Resolution
+from chandlery.package_source import PinnedSource
+
+_SUGGESTIONS = 3
+_SIMILAR_ENOUGH = 60.0  # of 100, as rapidfuzz.fuzz.ratio counts
+
+
+class PackageResolver:
+    """Resolves in any pinned source, for any system (`x86_64-linux`)."""
+
+    def __init__(self, nix: Nix, index: BuildIndex) -> None:
+        self._nix = nix
+        self._index = index
+        self._names: dict[tuple[str, ...], list[str]] = {}
+
+    async def resolve(
+        self, pin: PinnedSource, system: str, attribute_paths: Sequence[str], *, remembered: bool = True
+    ) -> Mapping[str, Resolution]:
+        """Find a derivation for every attribute path; with `remembered` false, by evaluation alone.
+
+        Raises `PackagesNotFoundError` and `EvaluationError`, each with all the packages that it is about.
+        """
+        pin_key = Digest.of_parts([pin.kind, pin.location, pin.revision, system]).hex
+        known: dict[str, Resolution] = {}
+        if remembered:
+            records = self._index.resolutions(pin_key, attribute_paths)
+            known = {path: msgspec.json.decode(record, type=Resolution) for path, record in records.items()}
+        unknown = [path for path in attribute_paths if path not in known]
+        if not unknown:
+            return known
+        answers = await self._nix.resolve(pin, system, unknown)
+        missing = [path for path in unknown if answers[path].status == "not_found"]
+        if missing:
+            raise PackagesNotFoundError(missing, await self._suggestions(pin, system, missing))
+        refused = {path: answers[path].message for path in unknown if not answers[path].found}
+        if refused:
+            raise EvaluationError(refused)
+        records = {path: msgspec.json.encode(answer) for path, answer in answers.items()}
+        await asyncio.to_thread(self._index.remember_resolutions, pin_key, records)
+        return known | answers
+
+    async def _suggestions(
+        self, pin: PinnedSource, system: str, missing: Sequence[str]
+    ) -> Mapping[str, Sequence[str]]:
+        """Find the nearest names that the package set has, by edit distance."""
+        suggestions = {}
+        for path in missing:
+            *parent, last = path.split(".")
+            nearest = process.extract(
+                last,
+                await self._names_below(pin, system, parent),
+                scorer=fuzz.ratio,
+                limit=_SUGGESTIONS,
+                score_cutoff=_SIMILAR_ENOUGH,
+            )
+            suggestions[path] = [".".join([*parent, name]) for name, _, _ in nearest]
+        return suggestions
+
+    async def _names_below(self, pin: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
+        place = (pin.kind, pin.location, pin.revision, system, *parent)
+        if place not in self._names:
+            # A package set may have 100,000 names: those of earlier pins are let go.
+            self._names = {known: names for known, names in self._names.items() if known[2] == pin.revision}
+            self._names[place] = await self._nix.attribute_names(pin, system, parent)
+        return self._names[place]

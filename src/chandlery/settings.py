@@ -1,0 +1,113 @@
+"""The only reader of the environment and of the settings file.
+
+A setting is what is found first: an option of the command line, an environment variable (`CHANDLERY_` and its
+name), a line of the settings file (TOML; `CHANDLERY_SETTINGS` says where), or its default.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from chandlery.compression import COMPRESSIONS
+from chandlery.errors import SettingsError
+from chandlery.layer_plan import STRATEGIES
+
+_FILE_VARIABLE = "CHANDLERY_SETTINGS"
+
+
+def _default_data_dir() -> Path:
+    """Give /var/lib/chandlery for root, and else the user's own place (XDG Base Directory Specification)."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/chandlery")
+    share = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(share).expanduser() / "chandlery"
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can choose. Times are in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="CHANDLERY_", extra="forbid", frozen=True)
+
+    data_dir: Path = Field(default_factory=_default_data_dir, description="where everything is kept")
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: int = Field(8080, ge=1, le=65535, description="the port to listen on")
+
+    source: str = Field("debian!bookworm", description="the package set: debian!SUITE or path!FOLDER")
+    source_refresh: float = Field(3600.0, gt=0, description="how often to see whether the source has moved")
+    debian_mirror: str = Field("", description="the Debian mirror; empty: the one that apt uses here")
+    debian_security_mirror: str = Field("", description="likewise, of security updates")
+    debian_keyring: str = Field("", description="the file with the keys that sign the Debian index")
+
+    nix_store: Literal["own", "machine"] = Field(
+        "own", description="own: a Nix store in the data folder; machine: the one in /nix"
+    )
+    nix_jobs: int = Field(8, ge=1, description="derivations that Nix fetches or builds at once, per image")
+    build_timeout: float = Field(3600.0, gt=0, description="how long Nix may build one image")
+    evaluation_timeout: float = Field(120.0, gt=0, description="how long one evaluation may take")
+    parallel_builds: int = Field(4, ge=1, description="images built at once; others wait")
+    failure_memory: float = Field(10.0, ge=0, description="how long a failed build is not tried again")
+    packing_processes: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="layers packed at once"
+    )
+
+    max_layers: int = Field(96, ge=2, le=126, description="layers per image, the root filesystem's included")
+    compression: str = Field("gzip", description="of layers: none, gzip or zstd")
+    layer_strategy: str = Field("largest-alone", description="how store paths are grouped into layers")
+
+    log_format: Literal["console", "json"] = Field("console", description="for people or for programs")
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("compression")
+    @classmethod
+    def _known_compression(cls, value: str) -> str:
+        if value not in COMPRESSIONS:
+            raise ValueError(f"there are {', '.join(COMPRESSIONS)}")
+        return value
+
+    @field_validator("layer_strategy")
+    @classmethod
+    def _known_strategy(cls, value: str) -> str:
+        if value not in STRATEGIES:
+            raise ValueError(f"there are {', '.join(STRATEGIES)}")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the places that settings come from: options, environment, file."""
+        file = os.environ.get(_FILE_VARIABLE)
+        if not file:
+            return (init_settings, env_settings)
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file))
+
+    @classmethod
+    def load(cls, **options: Any) -> Self:
+        """Read all settings; `options` that are None were not given. `SettingsError` names what is wrong."""
+        file = os.environ.get(_FILE_VARIABLE)
+        if file and not Path(file).is_file():
+            raise SettingsError(f"{_FILE_VARIABLE} names {file}, which is no file")
+        try:
+            return cls(**{name: value for name, value in options.items() if value is not None})
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise SettingsError("; ".join(problems)) from error
+        except ValueError as error:  # a file that isn't TOML
+            raise SettingsError(f"{file}: {error}") from error

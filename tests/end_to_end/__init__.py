@@ -1,0 +1,1 @@
+"""Tests with real container clients and the real server."""
