@@ -22,6 +22,7 @@ from granian.constants import Interfaces
 from granian.log import LogLevels
 from starlette.applications import Starlette
 
+import chandlery.demo
 from chandlery import __version__, image_name, image_output, logs
 from chandlery.app import create_app, image_builder, open_parts
 from chandlery.blob_store import FileBlobStore
@@ -175,6 +176,15 @@ def build(
         typer.echo(msgspec.json.encode({"error": "not_found", "pkgs": error.missing}))
         raise typer.Exit(1) from error
     typer.echo(built.as_json() if as_json else built.as_text())
+
+
+@app.command()
+def demo(source: Source = None) -> None:
+    """Start a registry, pull an image from it, and run its programs: a test of everything at once.
+
+    What it starts it stops, and what it makes it removes.
+    """
+    chandlery.demo.run(source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,48 @@
+# Each target sets up what it needs; `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test check format bench requirements clean
+
+BIN := .venv/bin
+# Options of `chandlery serve`, such as ARGS="--port 9000".
+ARGS ?=
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## start a registry, pull an image that doesn't exist yet, and run its programs
+	@scripts/setup serve
+	@$(BIN)/chandlery demo
+
+serve: ## serve images at localhost:8080 until Ctrl-C; their data is kept in .data
+	@scripts/setup serve
+	@CHANDLERY_DATA_DIR=$${CHANDLERY_DATA_DIR:-.data} $(BIN)/chandlery serve $(ARGS)
+
+test: ## run every test, those with real Nix and real clients included
+	@scripts/setup develop
+	@$(BIN)/pytest $(ARGS)
+
+check: ## types, lint, format
+	@scripts/setup develop
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: ## format the code
+	@scripts/setup develop
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: ## measure, beside a peer
+	@scripts/setup develop
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+requirements: ## pin the newest versions of what pyproject.toml asks for
+	@scripts/setup develop
+	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --no-emit-index-url \
+		--no-emit-find-links --no-header --extra build --output-file requirements/serve.txt pyproject.toml
+	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --no-emit-index-url \
+		--no-emit-find-links --no-header --extra build --extra dev --constraint requirements/serve.txt \
+		--output-file requirements/develop.txt pyproject.toml
+
+clean: ## remove .venv and .data
+	@rm -rf .venv .data
