@@ -6,6 +6,7 @@ that says much on one of them never waits for somebody to read the other.
 """
 
 import asyncio
+import grp
 import os
 import re
 import shutil
@@ -45,7 +46,11 @@ _STOP_TIMEOUT = 10.0
 T = TypeVar("T")
 
 _BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
-_DOWNLOAD_FAILED = re.compile(r"error: (unable to download .*|hash mismatch in fixed-output derivation .*)")
+# A line that ends with "retrying" is not the last word.
+_DOWNLOAD_FAILED = re.compile(
+    r"^error: (unable to download (?!.* retrying in).*|hash mismatch in fixed-output derivation .*)",
+    re.MULTILINE,
+)
 _MISSING_DERIVATION = re.compile(
     r"path '[^']+\.drv' (?:is not valid|does not exist)|derivation '[^']+' .*not valid"
 )
@@ -294,8 +299,19 @@ class Nix:
             environment["NIX_CONF_DIR"] = str(self._folder / "etc")
             environment["NIX_USER_CONF_FILES"] = ""
             environment["XDG_CACHE_HOME"] = str(self._folder / "cache")
+        elif os.geteuid() == 0 and not _has_build_users():
+            # Debian's nix-bin alone makes no users to build as, and Nix would refuse to build without.
+            settings["build-users-group"] = ""
         environment["NIX_CONFIG"] = "".join(f"{name} = {value}\n" for name, value in settings.items())
         return environment
+
+
+def _has_build_users() -> bool:
+    try:
+        grp.getgrnam("nixbld")
+    except KeyError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
