@@ -21,9 +21,11 @@ from structlog.testing import capture_logs
 
 from chandlery import errors
 from chandlery.blob_store import BlobStore, FileBlobStore
+from chandlery.client_address import parse_networks
 from chandlery.digest import Digest
 from chandlery.errors import (
     BuildError,
+    BuildPendingError,
     BuildTimeoutError,
     ChandleryError,
     EvaluationError,
@@ -33,6 +35,7 @@ from chandlery.errors import (
     SettingsError,
     SourceUnavailableError,
     StorageFullError,
+    TryAgainError,
 )
 from chandlery.image_name import ImageRequest
 from chandlery.oci import (
@@ -48,7 +51,8 @@ from chandlery.oci import (
     Platform,
     image_manifest,
 )
-from chandlery.registry_api import _ANSWERS, accepted_format, routes
+from chandlery.registry_api import _ANSWERS, Access, accepted_format, routes
+from chandlery.waiting import WaitPolicy
 from memory_blob_store import MemoryBlobStore
 
 HOST = Platform("linux", "amd64")
@@ -64,9 +68,11 @@ class OneImage:
     error: Exception | None = None
     known_tags: Sequence[str] = ("latest",)
     requests: list[ImageRequest] = field(default_factory=list)
+    clients: list[tuple[str, float]] = field(default_factory=list)
 
-    async def image(self, request: ImageRequest) -> BuiltImage:
+    async def image(self, request: ImageRequest, client: str, timeout: float) -> BuiltImage:
         self.requests.append(request)
+        self.clients.append((client, timeout))
         if self.error:
             raise self.error
         return self.image_
@@ -399,9 +405,51 @@ def test_clients_print_no_message_with_a_5xx_so_no_domain_error_has_one() -> Non
     for kind in kinds:
         status, code = next(_ANSWERS[base] for base in kind.__mro__ if base in _ANSWERS)
         assert 400 <= status < 500
-        # containerd asks six times at once, podman for minutes; 401 makes clients ask for a password.
-        assert status not in (401, 408, 429)
+        # containerd asks six times at once, podman for minutes: only for what will be better then. With 401,
+        # clients ask for a password.
+        assert status not in (401, 408)
+        assert (status == 429) == issubclass(kind, TryAgainError)
         assert code.isupper()
+
+
+async def test_who_waits_for_a_build_is_sent_on_to_the_same_request_nine_times(registry: Registry) -> None:
+    registry.images.error = BuildPendingError("git", "some-id", 3)
+    path = "/v2/shell/git/manifests/latest"
+    for method in ("GET", "HEAD"):
+        url = f"{path}?ns=docker.io"
+        for _ in range(9):
+            response = await registry.client.request(method, url)
+            assert response.status_code == 307
+            url = str(response.next_request.url) if response.next_request else ""
+            assert httpx.URL(url).path == path
+            assert httpx.URL(url).params["ns"] == "docker.io"
+        response = await registry.client.request(method, url)
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) > 0
+    response = await registry.get(url)
+    error = oci_error(response)
+    assert error["code"] == "TOOMANYREQUESTS"
+    assert "number 3 in the queue" in error["message"]
+    assert error["detail"]["build"] == "some-id"
+
+
+async def test_a_request_is_held_as_long_as_the_settings_say(blobs: BlobStore) -> None:
+    images = OneImage(await one_image(blobs))
+    app = Starlette(routes=routes(images, blobs, HOST, Access(WaitPolicy(hold=7.5))))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://registry") as client:
+        await client.get("/v2/git/manifests/latest")
+    assert [timeout for _, timeout in images.clients] == [7.5]
+
+
+async def test_a_client_is_whom_a_trusted_proxy_names_and_nobody_else(blobs: BlobStore) -> None:
+    images = OneImage(await one_image(blobs))
+    forwarded = {"x-forwarded-for": "192.0.2.7"}
+    for trusted in ("127.0.0.1", "10.0.0.1"):
+        app = Starlette(routes=routes(images, blobs, HOST, Access(trusted_proxies=parse_networks([trusted]))))
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://registry") as client:
+            await client.get("/v2/git/manifests/latest", headers=forwarded)
+    assert [client_name for client_name, _ in images.clients] == ["192.0.2.7", "127.0.0.1"]
 
 
 async def test_an_error_with_bytes_that_are_no_text_is_still_an_answer(registry: Registry) -> None:

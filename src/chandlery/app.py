@@ -12,16 +12,19 @@ from starlette.middleware import Middleware
 from chandlery import package_source
 from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
+from chandlery.build_queue import QueueLimits
+from chandlery.client_address import parse_networks
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import ChandleryError
-from chandlery.image_builder import BuildCapacity, BuildOptions, ImageBuilder
+from chandlery.image_builder import BuildCapacity, BuildLimits, BuildOptions, ImageBuilder
 from chandlery.nix import Nix, NixLimits
 from chandlery.oci import Platform
 from chandlery.package_source import PackageSource
-from chandlery.registry_api import routes
+from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
 from chandlery.root_layer import RootLayerOptions
 from chandlery.settings import Settings
+from chandlery.waiting import WaitPolicy
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -55,7 +58,16 @@ def image_builder(
     options = BuildOptions(
         settings.max_layers, settings.compression, settings.layer_strategy, root_layer or RootLayerOptions()
     )
-    capacity = BuildCapacity(settings.parallel_builds, settings.packing_processes, settings.failure_memory)
+    capacity = BuildCapacity(
+        settings.packing_processes,
+        QueueLimits(
+            settings.parallel_builds,
+            settings.queued_builds,
+            settings.abandoned_build_grace,
+            settings.failure_memory,
+        ),
+        BuildLimits(settings.max_packages, settings.max_closure_size, settings.min_free_disk),
+    )
     return ImageBuilder(
         parts.source, parts.nix, parts.blobs, parts.index, settings.data_dir, options, capacity
     )
@@ -67,7 +79,10 @@ def create_app(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with open_parts(settings) as parts, image_builder(settings, parts) as builder:
-            app.router.routes.extend(routes(builder, parts.blobs, Platform.of_host()))
+            access = Access(
+                WaitPolicy(settings.hold, settings.redirections), parse_networks(settings.trusted_proxies)
+            )
+            app.router.routes.extend(routes(builder, parts.blobs, Platform.of_host(), access))
             refreshing = asyncio.create_task(_refresh(parts.source, settings.source_refresh))
             try:
                 yield

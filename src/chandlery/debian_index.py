@@ -160,9 +160,16 @@ class DebianIndex:
         for line in listed.splitlines():
             address, release, file = line.split("|", 2)
             files[address.rstrip("/"), release] = file
+        # apt keeps no file of a release without packages, as the updates of a new suite are.
+        found = [files.get((each.address, each.release)) for each in repositories]
+        if found[0] is None:
+            raise SourceUnavailableError(
+                f"debian!{self._suite}",
+                f"{repositories[0].address} has no packages of {self._suite} for {self._architecture}",
+            )
         texts = [
-            await self._apt("/usr/lib/apt/apt-helper", "cat-file", files[each.address, each.release])
-            for each in repositories
+            "" if file is None else await self._apt("/usr/lib/apt/apt-helper", "cat-file", file)
+            for file in found
         ]
         # Seconds of pure computation: in a process of its own, so that a server goes on serving.
         revision, unresolved = await anyio.to_process.run_sync(
@@ -197,17 +204,16 @@ class DebianIndex:
 
     async def _configured(self) -> Mapping[str, str]:
         """Find the mirrors of this machine's own apt: of the release it runs, and of security updates."""
+        # Without release info, what was never downloaded is listed too: a container's apt often has no lists.
         listed = await self._apt(
-            "apt-get",
-            "indextargets",
-            "--format",
-            "$(RELEASE)|$(COMPONENT)|$(REPO_URI)",
-            "Created-By: Packages",
-        )
+            "apt-get", "indextargets", "--no-release-info",
+            "--format", "$(RELEASE)|$(COMPONENT)|$(REPO_URI)", "Created-By: Packages",
+        )  # fmt: skip
         found: dict[str, str] = {}
         for line in listed.splitlines():
             release, component, address = line.split("|", 2)
-            if component != _COMPONENT:
+            # Nix fetches from there too, which doesn't know apt's other methods, such as mirror+file.
+            if component != _COMPONENT or not address.startswith(("http://", "https://")):
                 continue
             if release.endswith(("-security", "/updates")):
                 found.setdefault("security", address)
@@ -247,6 +253,8 @@ class DebianIndex:
             said = [
                 line for line in complaint.decode(errors="replace").splitlines() if line[:2] in ("E:", "W:")
             ]
+            # Errors first: a warning may be about something else.
+            said.sort(key=lambda line: line[0])
             reason = "; ".join(said[:4]) or f"exit code {process.returncode}"
             raise SourceUnavailableError(source, f"apt said: {reason}")
         return output.decode(errors="replace")

@@ -172,7 +172,7 @@ class _Resolver:
         for package in packages:
             other = self._packages.get(package.name)
             # Suites overlap (a security update stands beside the release's version): the newest is taken.
-            if other is None or Version(package.version) > Version(other.version):
+            if other is None or _newness(package) > _newness(other):
                 self._packages[package.name] = package
         self._providers: dict[str, list[tuple[Package, Relation]]] = defaultdict(list)
         for package in sorted(self._packages.values(), key=lambda package: package.rank):
@@ -211,9 +211,10 @@ class _Resolver:
     def _needs(self, package: Package) -> list[str]:
         chosen = []
         for alternatives in package.depends:
-            if len(alternatives) == 1 and alternatives[0].package in self._packages:
+            first = alternatives[0].package
+            if len(alternatives) == 1 and first in self._packages and first not in self._providers:
                 # There is no other choice, so the version isn't compared: that is the slow part.
-                met: str | None = alternatives[0].package
+                met: str | None = first
             else:
                 met = next(filter(None, map(self._meet, alternatives)), None)
             if met is None:
@@ -250,6 +251,11 @@ class _Resolver:
             else:
                 units[alias] = Unit(alias, (), tuple(sorted(set(found))))
                 names[alias] = alias
+
+
+def _newness(package: Package) -> tuple[Version, int, str]:
+    """Order the versions of one package; of equal ones the first repository has the newest."""
+    return (Version(package.version), -package.repository, package.sha256)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,6 +15,11 @@ ChandleryError
 ├── BuildError                  Nix could not build something
 │   ├── BuildTimeoutError       it took longer than the limit
 │   └── DownloadError           something that it needs could not be fetched
+├── BuildTooLargeError          an image is larger than this server makes
+├── TryAgainError               not now: the same request succeeds later
+│   ├── BuildPendingError       the image is still being built
+│   ├── BuildStoppedError       the server stops, or stopped this build
+│   └── TooManyBuildsError      the queue is full
 ├── NixError                    Nix itself failed
 │   └── NixMissingError         there is no Nix
 ├── UnsupportedEntryError       a file that a layer can't hold
@@ -151,6 +156,52 @@ class BuildTimeoutError(BuildError):
 
 class DownloadError(BuildError):
     """Something that the build needs could not be fetched from where it should be."""
+
+
+class BuildTooLargeError(ChandleryError):
+    """An image is larger than the limit on this server; `what` is counted, `size` of it were asked for."""
+
+    def __init__(self, image: str, what: str, size: int, limit: int) -> None:
+        super().__init__(f"{image} has {size} {what}, and the limit on this server is {limit}")
+        self.image = image
+        self.what = what
+        self.size = size
+        self.limit = limit
+
+
+class TryAgainError(ChandleryError):
+    """Not now: the same request succeeds later; `retry_after` is when to ask again, in seconds."""
+
+    retry_after = 5
+
+
+class BuildPendingError(TryAgainError):
+    """The image is still being built, or waits for its turn: `position` in the queue, 0 when it has begun."""
+
+    def __init__(self, image: str, build: str, position: int) -> None:
+        where = f"is number {position} in the queue" if position else "is being built"
+        super().__init__(f"{image} {where} (build {build}): pull again in a moment")
+        self.image = image
+        self.build = build
+        self.position = position
+
+
+class BuildStoppedError(TryAgainError):
+    """The build was stopped before its end, as it is when the server stops."""
+
+    def __init__(self, image: str, build: str) -> None:
+        super().__init__(f"the build of {image} was stopped (build {build}): pull again in a moment")
+        self.image = image
+        self.build = build
+
+
+class TooManyBuildsError(TryAgainError):
+    """So many builds wait already that no other is taken."""
+
+    def __init__(self, image: str, limit: int) -> None:
+        super().__init__(f"{image} can't be built now: {limit} builds are waiting already; pull again later")
+        self.image = image
+        self.limit = limit
 
 
 class NixError(ChandleryError):

@@ -10,11 +10,10 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from secrets import token_hex
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -25,10 +24,11 @@ import structlog
 
 from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
+from chandlery.build_queue import Build, BuildQueue, QueueLimits
 from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.digest import Digest
-from chandlery.errors import ChandleryError, DownloadError, StorageError
+from chandlery.errors import BuildTooLargeError, DownloadError, StorageFullError
 from chandlery.image_name import BASE_PACKAGES, LATEST, SHELL_PACKAGES, ImageRequest
 from chandlery.layer_archive import ARCHIVE_VERSION, layer_key, pack_store_paths
 from chandlery.layer_plan import PLAN_VERSION, STRATEGIES, LayerGroup
@@ -64,7 +64,6 @@ MOST_STORE_PATH_LAYERS = 94
 
 # An index younger than this (seconds) isn't fetched again because a download failed.
 _RETRY_AGE = 60.0
-_KEPT_LOGS = 200
 
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
@@ -97,12 +96,33 @@ class BuildOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildCapacity:
-    """How much goes on at once, and for how many seconds a failure is answered without trying again."""
+class BuildLimits:
+    """How much one build may take: packages asked for, bytes of its closure, bytes of disk left free."""
 
-    parallel_builds: int = 4
+    packages: int = 100
+    closure_size: int = 20 << 30
+    free_disk: int = 1 << 30
+
+    def check_request(self, request: ImageRequest, folder: Path) -> None:
+        """Raise `BuildTooLargeError` or `StorageFullError` if a build shouldn't begin."""
+        if len(request.packages) > self.packages:
+            raise BuildTooLargeError(request.name, "packages", len(request.packages), self.packages)
+        if shutil.disk_usage(folder).free < self.free_disk:
+            raise StorageFullError(str(folder))
+
+    def check_closure(self, image: str, closure: Closure) -> None:
+        """Raise `BuildTooLargeError` if a closure shouldn't become an image."""
+        if closure.nar_size > self.closure_size:
+            raise BuildTooLargeError(image, "bytes in its closure", closure.nar_size, self.closure_size)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildCapacity:
+    """How many layers are packed at once, over all builds, and what the queue and each build may take."""
+
     packing_processes: int = 2
-    failure_memory: float = 10.0
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    build: BuildLimits = field(default_factory=BuildLimits)
 
 
 class ImageBuilder:
@@ -127,77 +147,60 @@ class ImageBuilder:
         self._resolver = PackageResolver(nix, index)
         self._blobs = blobs
         self._index = index
-        self._folder = folder / "builds"
         self._options = options
-        self._capacity = capacity
-        self._build_slots = asyncio.Semaphore(capacity.parallel_builds)
+        self._folder = folder
+        self._limits = capacity.build
         self._packers = anyio.CapacityLimiter(capacity.packing_processes)
-        self._running: dict[str, asyncio.Task[BuiltImage]] = {}
         self._layer_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._failures: dict[str, tuple[float, ChandleryError]] = {}
-        self._exit = AsyncExitStack()
+        self.queue = BuildQueue(capacity.queue, folder / "builds")
 
     async def __aenter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        logs = sorted(self._folder.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in logs[_KEPT_LOGS:]:
-            old.unlink(missing_ok=True)
+        await self.queue.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.queue.__aexit__(kind, error, trace)
 
-    async def image(self, request: ImageRequest) -> BuiltImage:
-        """Give the image of a request, building it if it isn't known. Raises any `ChandleryError`."""
+    async def image(
+        self, request: ImageRequest, client: str = "", timeout: float | None = None
+    ) -> BuiltImage:
+        """Give the image of a request, building it if it isn't known.
+
+        `client` is who asks, for fairness. Raises any `ChandleryError`; after `timeout` seconds it is
+        `BuildPendingError`, and the build goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
         pin = await self._source.pin(request.reference, request.platform)
         try:
-            return await self._image_at(pin, request)
+            return await self._image_at(pin, request, client, deadline)
         except DownloadError:
             # A mirror drops what a newer index has replaced, so see whether there is one.
             await self._source.refresh(_RETRY_AGE)
             newer = await self._source.pin(request.reference, request.platform)
             if newer == pin:
                 raise
-            return await self._image_at(newer, request)
+            return await self._image_at(newer, request, client, deadline)
 
-    async def _image_at(self, pin: PinnedSource, request: ImageRequest) -> BuiltImage:
+    async def _image_at(
+        self, pin: PinnedSource, request: ImageRequest, client: str, deadline: float | None
+    ) -> BuiltImage:
         key = self._key(pin, request)
         known = await self._known(key)
         if known is not None:
             await asyncio.to_thread(self._index.remember_use, key)
             return known
-        task = self._running.get(key)
-        if task is None:
-            self._raise_recent_failure(key)
-            task = asyncio.create_task(self._build(key, pin, request), name=f"build {request.name}")
-            self._running[key] = task
-            task.add_done_callback(partial(self._ended, key))
-        return await asyncio.shield(task)
+        self._limits.check_request(request, self._folder)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        title = f"{request.name} for {request.platform}"
+        return await self.queue.wait(key, title, client, partial(self._build, key, pin, request), left)
 
     async def tags(self, request: ImageRequest) -> Sequence[str]:
         """Give the tags that an image has; `PackagesNotFoundError` when it can't have any."""
         pin = await self._source.pin(LATEST, request.platform)
         await self._resolve(pin, request)
         return sorted({LATEST, pin.tag, *self._index.tags(request.name)})
-
-    def _ended(self, key: str, task: asyncio.Task[BuiltImage]) -> None:
-        del self._running[key]
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, ChandleryError) and not isinstance(error, StorageError):
-            now = time.monotonic()
-            self._failures = {other: at for other, at in self._failures.items() if at[0] > now}
-            self._failures[key] = (now + self._capacity.failure_memory, error)
-
-    def _raise_recent_failure(self, key: str) -> None:
-        """Answer at once what failed a moment ago: clients ask twice and more for what they can't have."""
-        until, error = self._failures.get(key, (0.0, None))
-        if error is not None and until > time.monotonic():
-            raise error.with_traceback(None)
 
     def _key(self, pin: PinnedSource, request: ImageRequest) -> str:
         return Digest.of_parts(
@@ -222,23 +225,14 @@ class ImageBuilder:
                 return None
         return image
 
-    async def _build(self, key: str, pin: PinnedSource, request: ImageRequest) -> BuiltImage:
-        build_id = f"{int(time.time())}-{token_hex(4)}"
-        build_log = log.bind(build=build_id, image=request.name, platform=str(request.platform))
-        build_log.info("build queued", revision=pin.tag)
-        began = time.monotonic()
-        async with self._build_slots, self._protection(build_id) as roots:
-            try:
-                image = await self._make(pin, request, roots, self._folder / f"{build_id}.log", build_log)
-            except Exception as error:
-                build_log.warning(
-                    "build failed", error=str(error), seconds=round(time.monotonic() - began, 3)
-                )
-                raise
+    async def _build(self, key: str, pin: PinnedSource, request: ImageRequest, build: Build) -> BuiltImage:
+        async with self._protection(build) as roots:
+            image = await self._make(pin, request, roots, build)
             await asyncio.to_thread(self._index.remember_image, key, request.name, request.reference, image)
-        build_log.info(
+        log.info(
             "build finished",
-            seconds=round(time.monotonic() - began, 3),
+            build=build.id,
+            seconds=round(build.seconds, 3),
             layers=len(image.layers),
             store_paths=image.store_paths,
             bytes=sum(layer.descriptor.size for layer in image.layers),
@@ -246,43 +240,38 @@ class ImageBuilder:
         return image
 
     @asynccontextmanager
-    async def _protection(self, build_id: str) -> AsyncIterator[Path]:
+    async def _protection(self, build: Build) -> AsyncIterator[Path]:
         """Give a folder for links that keep store paths from Nix's garbage collector until the build ends."""
-        roots = self._folder / f"{build_id}.roots"
+        roots = build.log_file.with_suffix(".roots")
         try:
             yield roots
         finally:
             await asyncio.to_thread(shutil.rmtree, roots, ignore_errors=True)
 
-    async def _make(
-        self,
-        pin: PinnedSource,
-        request: ImageRequest,
-        roots: Path,
-        log_file: Path,
-        build_log: structlog.typing.FilteringBoundLogger,
-    ) -> BuiltImage:
+    async def _make(self, pin: PinnedSource, request: ImageRequest, roots: Path, build: Build) -> BuiltImage:
+        build.step("resolve")
         resolutions = await self._resolve(pin, request)
-        build_log.info("resolved", packages=len(resolutions))
+        log.info("resolved", build=build.id, packages=len(resolutions))
+        build.step("realise")
         try:
-            await self._realise(resolutions, roots, log_file)
+            await self._realise(resolutions, roots, build.log_file)
         except DerivationMissingError:
             # Nix's garbage collector took derivations that were resolved earlier.
             resolutions = await self._resolve(pin, request, remembered=False)
-            await self._realise(resolutions, roots, log_file)
+            await self._realise(resolutions, roots, build.log_file)
         wanted = _roots(request, resolutions, self._options.root_layer.contents)
         closure = await self._nix.closure(wanted)
-        build_log.info("realised", store_paths=len(closure.nodes), bytes=closure.nar_size)
-
+        log.info("realised", build=build.id, store_paths=len(closure.nodes), bytes=closure.nar_size)
+        self._limits.check_closure(request.name, closure)
+        build.step("pack")
         plan = STRATEGIES[self._options.strategy]
         groups = plan(closure, {}, min(self._options.max_layers - 1, MOST_STORE_PATH_LAYERS))
+        main = _main_package(request, resolutions)
         async with _first_error_alone(), asyncio.TaskGroup() as tasks:
-            root_task = tasks.create_task(
-                self._root_layer(closure, wanted, _main_package(request, resolutions), roots, log_file)
-            )
+            root_task = tasks.create_task(self._root_layer(closure, wanted, main, roots, build.log_file))
             # The largest first: one that comes last would keep one processor busy and the others idle.
             by_size = sorted(groups, key=lambda group: -group.nar_size)
-            packing = {group: tasks.create_task(self._layer(group, build_log)) for group in by_size}
+            packing = {group: tasks.create_task(self._layer(group)) for group in by_size}
         root = root_task.result()
         layers = [(packing[group].result(), _history(group)) for group in groups]
         layers.append((root.layer, "chandlery: root filesystem"))
@@ -326,9 +315,7 @@ class ImageBuilder:
         derivations = {f"{each.derivation}!{each.output}" for each in resolutions.values()}
         await self._nix.realise(sorted(derivations), roots, log_file)
 
-    async def _layer(
-        self, group: LayerGroup, build_log: structlog.typing.FilteringBoundLogger
-    ) -> PackedLayer:
+    async def _layer(self, group: LayerGroup) -> PackedLayer:
         """Give a group's layer, packing it unless it is known; never twice at once."""
         key = layer_key(group.store_paths, COMPRESSIONS[self._options.compression])
         lock = self._layer_locks.setdefault(key, asyncio.Lock())
@@ -346,9 +333,7 @@ class ImageBuilder:
                 )
                 await self._blobs.put(packed.descriptor.digest, file, packed.descriptor.media_type)
             await asyncio.to_thread(self._index.remember_layer, key, packed)
-            build_log.debug(
-                "layer packed", digest=str(packed.descriptor.digest), bytes=packed.descriptor.size
-            )
+            log.debug("layer packed", digest=str(packed.descriptor.digest), bytes=packed.descriptor.size)
             return packed
 
     async def _root_layer(

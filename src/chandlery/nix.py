@@ -24,7 +24,6 @@ from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
-    ChandleryError,
     DownloadError,
     NixError,
     NixMissingError,
@@ -43,6 +42,9 @@ _LOG_TAIL = 20
 # Seconds that Nix has to stop its builders before it is killed.
 _STOP_TIMEOUT = 10.0
 
+# Bytes of a disk that is as good as full.
+_LEAST_SPACE = 1 << 20
+
 T = TypeVar("T")
 
 _BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
@@ -53,6 +55,7 @@ _DOWNLOAD_FAILED = re.compile(
 )
 _MISSING_DERIVATION = re.compile(
     r"path '[^']+\.drv' (?:is not valid|does not exist)|derivation '[^']+' .*not valid"
+    r"|cannot build missing derivation"
 )
 _TRACE_HINT = " (use '--show-trace' to show detailed location information)"
 _NIX_LINE = re.compile(
@@ -160,12 +163,12 @@ class Nix:
                 result = await self._run(
                     *command, timeout=self._limits.build_timeout, on_line=file.write, check=False
                 )
-            except TimeoutError as error:
+            except _StoppedError as error:
                 what = ", ".join(_package_name(path) for path in derivations)
                 tail = _log_tail(build_log.read_text(errors="replace"))
                 raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
         if result.code != 0:
-            raise _build_error(result.stderr, derivations, str(self.store_root))
+            raise _build_error(result.stderr, derivations)
 
     async def closure(self, roots: Iterable[StorePath]) -> Closure:
         """Give the closure of store paths that are there."""
@@ -228,14 +231,15 @@ class Nix:
         return ""
 
     async def _evaluate(self, expression: str, request: Mapping[str, Any], answer: type[T]) -> T:
-        result = await self._run(
-            "nix-instantiate", "--eval", "--strict", "--json", "--read-write-mode",
-            str(EXPRESSIONS / expression), "--argstr", "request", msgspec.json.encode(request).decode(),
-            timeout=self._limits.evaluation_timeout, check=False,
-        )  # fmt: skip
+        try:
+            result = await self._run(
+                "nix-instantiate", "--eval", "--strict", "--json", "--read-write-mode",
+                str(EXPRESSIONS / expression), "--argstr", "request", msgspec.json.encode(request).decode(),
+                timeout=self._limits.evaluation_timeout, check=False,
+            )  # fmt: skip
+        except _StoppedError as error:
+            raise _EvaluationFailedError(str(error)) from error
         if result.code != 0:
-            if _DISK_FULL.search(result.stderr):
-                raise StorageFullError(str(self.store_root))
             raise _EvaluationFailedError(_last_error(result.stderr))
         return msgspec.json.decode(result.stdout, type=answer)
 
@@ -247,7 +251,7 @@ class Nix:
         on_line: Callable[[bytes], object] | None = None,
         check: bool = True,
     ) -> "_Result":
-        """Run one of Nix's programs; after `timeout` seconds it is stopped, and `TimeoutError` raised."""
+        """Run one of Nix's programs; after `timeout` seconds it is stopped, and `_StoppedError` raised."""
         if shutil.which(program) is None:
             raise NixMissingError(program)
         process = await asyncio.create_subprocess_exec(
@@ -267,14 +271,28 @@ class Nix:
                 output = group.create_task(process.stdout.read())
                 group.create_task(_read_lines(process.stderr, tail, on_line))
                 group.create_task(process.wait())
+        except TimeoutError as error:
+            raise _StoppedError(
+                f"{program} was stopped after {timeout:g} s, the limit on this server"
+            ) from error
         finally:
             if process.returncode is None:
                 await _stop(process)
         code = process.returncode or 0
         stderr = b"".join(tail).decode(errors="replace")
+        if code != 0 and self._is_full(stderr):
+            raise StorageFullError(str(self.store_root))
         if check and code != 0:
             raise NixError(f"{program}: {_last_error(stderr)}")
         return _Result(code, output.result().decode(), stderr)
+
+    def _is_full(self, stderr: str) -> bool:
+        """Tell whether it is the disk that a program failed for."""
+        if _DISK_FULL.search(stderr):
+            return True
+        # What SQLite says of a full disk isn't always that.
+        disk = self._folder or Path("/nix")
+        return "disk I/O error" in stderr and shutil.disk_usage(disk).free < _LEAST_SPACE
 
     def _environment(self) -> dict[str, str]:
         """Give the environment of a call: this process's, less what would make Nix behave otherwise."""
@@ -321,6 +339,10 @@ class _Result:
     stderr: str
 
 
+class _StoppedError(NixError):
+    """A program of Nix took longer than its limit."""
+
+
 class _EvaluationFailedError(Exception):
     """Nix could not evaluate something; `message` is its reason."""
 
@@ -353,10 +375,8 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         return
 
 
-def _build_error(stderr: str, derivations: Sequence[str], store: str) -> ChandleryError:
+def _build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildError:
     """Read from Nix's output what failed and why."""
-    if _DISK_FULL.search(stderr):
-        return StorageFullError(store)
     if _MISSING_DERIVATION.search(stderr):
         return DerivationMissingError(_last_error(stderr))
     tail = _log_tail(stderr)

@@ -8,6 +8,7 @@ what clients print then, is told in docs/decisions/0001-status-of-failed-pulls.m
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, Protocol
 from urllib.parse import urlencode
@@ -23,10 +24,13 @@ from starlette.types import Receive, Scope, Send
 from chandlery import byte_range, image_name
 from chandlery.blob_store import BlobStore
 from chandlery.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
+from chandlery.client_address import Network, client_address
 from chandlery.digest import Digest
 from chandlery.errors import (
     BlobNotFoundError,
     BuildError,
+    BuildPendingError,
+    BuildTooLargeError,
     ChandleryError,
     EvaluationError,
     InvalidDigestError,
@@ -35,6 +39,7 @@ from chandlery.errors import (
     InvalidSourceError,
     NotFoundError,
     ReferenceNotFoundError,
+    TryAgainError,
     UnsupportedEntryError,
 )
 from chandlery.image_name import ImageRequest
@@ -48,6 +53,7 @@ from chandlery.oci import (
     Platform,
     canonical_json,
 )
+from chandlery.waiting import WaitPolicy
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -62,8 +68,10 @@ _ANSWERS: Mapping[type[ChandleryError], tuple[int, str]] = {
     # Asking again gives the same: with this code podman doesn't.
     BuildError: (422, "MANIFEST_UNKNOWN"),
     EvaluationError: (422, "MANIFEST_UNKNOWN"),
+    BuildTooLargeError: (422, "MANIFEST_UNKNOWN"),
     InvalidSourceError: (422, "MANIFEST_UNKNOWN"),
     UnsupportedEntryError: (422, "MANIFEST_UNKNOWN"),
+    TryAgainError: (429, "TOOMANYREQUESTS"),
     # What the image depends on failed, here and now: no source, no space, no Nix. No client prints a 5xx.
     ChandleryError: (424, "UNAVAILABLE"),
 }
@@ -77,13 +85,25 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 _READ_ONLY = ("GET", "HEAD")
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How clients wait, and which proxies may say who a client is."""
+
+    wait: WaitPolicy = field(default_factory=WaitPolicy)
+    trusted_proxies: tuple[Network, ...] = ()
+
+
+_DEFAULT_ACCESS = Access()
+
+
 class ImageSource(Protocol):
     """Where images come from; every method may raise any `ChandleryError`."""
 
-    async def image(self, request: ImageRequest) -> BuiltImage:
+    async def image(self, request: ImageRequest, client: str, timeout: float) -> BuiltImage:
         """Give the image of a tag, building it if need be; its blobs and manifests are in the blob store.
 
-        Cancelling the call must not stop a build that somebody else waits for.
+        `client` is who asks, for fairness. After `timeout` seconds `BuildPendingError` is raised, and the
+        build goes on. Cancelling the call must not stop a build that somebody else waits for.
         """
         ...
 
@@ -126,9 +146,11 @@ class _RestConvertor(Convertor[str]):
 register_url_convertor("rest", _RestConvertor())
 
 
-def routes(images: ImageSource, blobs: BlobStore, host: Platform) -> list[Route]:
+def routes(
+    images: ImageSource, blobs: BlobStore, host: Platform, access: Access = _DEFAULT_ACCESS
+) -> list[Route]:
     """Give the routes of /v2; `host` is the platform of image names that choose none."""
-    api = _RegistryAPI(images, blobs, host)
+    api = _RegistryAPI(images, blobs, host, access)
     # A name may hold "manifests" or "blobs" as well: {name:rest} takes as much as it can, so the rightmost
     # counts.
     return [
@@ -180,7 +202,7 @@ class _Endpoint:
         except ChandleryError as error:
             status, code = next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
             log.warning("request refused", **where, status=status, code=code, reason=str(error))
-            return _error_response(status, code, str(error), vars(error))
+            return _error_response(status, code, str(error), vars(error), _retry_headers(error))
         except Exception:
             log.exception("request failed", **where)
             return _error_response(500, "UNKNOWN", "the server failed: its log says why", where)
@@ -189,10 +211,11 @@ class _Endpoint:
 class _RegistryAPI:
     """The handlers, in the order of distribution-spec's table of endpoints."""
 
-    def __init__(self, images: ImageSource, blobs: BlobStore, host: Platform) -> None:
+    def __init__(self, images: ImageSource, blobs: BlobStore, host: Platform, access: Access) -> None:
         self._images = images
         self._blobs = blobs
         self._host = host
+        self._access = access
 
     async def base(self, _: Request) -> Response:
         """Say that this is a registry (end-1)."""
@@ -230,7 +253,11 @@ class _RegistryAPI:
             descriptor, content = await self._manifest_by_digest(request.path_params["name"], digest)
             headers = {"cache-control": _FOR_EVER}
         else:
-            image = await self._images.image(self._image_request(request, reference))
+            wanted = self._image_request(request, reference)
+            try:
+                image = await self._images.image(wanted, self._client(request), self._access.wait.hold)
+            except BuildPendingError as pending:
+                return self._keep_waiting(request, pending)
             descriptor = image.manifests[accepted_format(request.headers.getlist("accept"))]
             content = await self._read(descriptor.digest)
             # What a tag names may change, and depends on Accept: ask again each time, and get a 304.
@@ -239,6 +266,17 @@ class _RegistryAPI:
         if _is_known(request, descriptor.digest):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=descriptor.media_type)
+
+    def _keep_waiting(self, request: Request, pending: BuildPendingError) -> Response:
+        """Send a request on to itself, so that its client goes on waiting, or say that it waited enough."""
+        location = self._access.wait.next_location(request.scope["path"], request.url.query)
+        if location is None:
+            raise pending
+        return _error_response(307, "TOOMANYREQUESTS", str(pending), vars(pending), {"location": location})
+
+    def _client(self, request: Request) -> str:
+        peer = request.client.host if request.client else ""
+        return client_address(peer, request.headers.getlist("x-forwarded-for"), self._access.trusted_proxies)
 
     async def tags(self, request: Request) -> Response:
         """List tags (end-8a and end-8b)."""
@@ -369,6 +407,10 @@ def _is_known(request: Request, digest: Digest) -> bool:
     """Tell whether If-None-Match names the content (RFC 9110, section 13.1.2)."""
     listed = ",".join(request.headers.getlist("if-none-match")).split(",")
     return any(tag.strip().removeprefix("W/") in ("*", _etag(digest)) for tag in listed)
+
+
+def _retry_headers(error: ChandleryError) -> Mapping[str, str]:
+    return {"retry-after": str(error.retry_after)} if isinstance(error, TryAgainError) else {}
 
 
 def _error_response(

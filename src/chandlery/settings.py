@@ -16,6 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from chandlery.client_address import parse_networks
 from chandlery.compression import COMPRESSIONS
 from chandlery.errors import SettingsError
 from chandlery.layer_plan import STRATEGIES
@@ -53,9 +54,23 @@ class Settings(BaseSettings):
     build_timeout: float = Field(3600.0, gt=0, description="how long Nix may build one image")
     evaluation_timeout: float = Field(120.0, gt=0, description="how long one evaluation may take")
     parallel_builds: int = Field(4, ge=1, description="images built at once; others wait")
+    queued_builds: int = Field(100, ge=0, description="builds that may wait; beyond that the answer is 429")
+    abandoned_build_grace: float = Field(
+        300.0, ge=0, description="how long a build goes on that nobody waits for"
+    )
     failure_memory: float = Field(10.0, ge=0, description="how long a failed build is not tried again")
     packing_processes: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, description="layers packed at once"
+    )
+
+    max_packages: int = Field(100, ge=1, description="packages in one image's name")
+    max_closure_size: int = Field(20 << 30, ge=1, description="bytes of store paths in one image")
+    min_free_disk: int = Field(1 << 30, ge=0, description="bytes; with less free, nothing new is built")
+
+    hold: float = Field(25.0, gt=0, description="how long a request waits before it is sent on to itself")
+    redirections: int = Field(9, ge=0, description="how often it is sent on before the answer is 429")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="addresses and networks of proxies whose X-Forwarded-For counts"
     )
 
     max_layers: int = Field(96, ge=2, le=126, description="layers per image, the root filesystem's included")
@@ -68,6 +83,12 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_networks(value)
+        return value
 
     @field_validator("compression")
     @classmethod

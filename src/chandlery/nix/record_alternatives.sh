@@ -7,7 +7,6 @@ set -euo pipefail
 root=$1
 
 prelude=$(cat <<'PRELUDE'
-PATH=
 set() { :; }
 command_not_found_handle() { :; }
 update-alternatives() {
@@ -44,6 +43,12 @@ PRELUDE
 postinst=$(sed -E 's,&?[0-9]?>+ ?/dev/null,,g; s,[0-9]?>&[0-9-],,g; s,/usr/s?bin/update-alternatives,update-alternatives,g')
 
 printf '%s\n' "$prelude" "package_root='$root'" "$postinst" > postinst.restricted
-env -i LC_ALL=C DPKG_MAINTSCRIPT_NAME=postinst DPKG_ROOT= \
-    timeout 20 bash --noprofile --norc --restricted postinst.restricted configure '' < /dev/null 2> /dev/null |
-    sed -n 's/^alternative\t//p' || true
+(
+    # Seconds, and KiB of output and of memory: a script that never ends is stopped.
+    ulimit -t 2 -f 1024 -v 1000000
+    # No globs (-f): they would find this machine's files. Not in a pipe: what is left running would hold it open.
+    exec env -i PATH=/nonexistent LC_ALL=C DPKG_MAINTSCRIPT_NAME=postinst DPKG_ROOT= \
+        /usr/bin/timeout --signal=KILL 20 \
+        /bin/bash --noprofile --norc --restricted -f postinst.restricted configure ''
+) < /dev/null > recorded 2> /dev/null || true
+sed -n 's/^alternative\t//p' recorded

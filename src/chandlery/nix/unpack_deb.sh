@@ -45,8 +45,8 @@ for deb in $debs; do
     fi
 done
 
-# What the postinst of ca-certificates makes: all authorities in one file.
+# What the postinst of ca-certificates makes: all authorities in one file, each with an end of line.
 if [ -d "$out/usr/share/ca-certificates/mozilla" ]; then
     mkdir -p "$out/etc/ssl/certs"
-    sed -s -e '$a\\' "$out"/usr/share/ca-certificates/mozilla/*.crt > "$out/etc/ssl/certs/ca-certificates.crt"
+    sed -s -e '$a\' "$out"/usr/share/ca-certificates/mozilla/*.crt > "$out/etc/ssl/certs/ca-certificates.crt"
 fi

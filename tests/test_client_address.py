@@ -1,0 +1,39 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chandlery.client_address import client_address, parse_networks
+
+PROXIES = parse_networks(["127.0.0.1", "10.0.0.0/8", "fd00::/8"])
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded_for", "client"),
+    [
+        ("192.0.2.1", [], "192.0.2.1"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", ["192.0.2.1"], "192.0.2.1"),
+        ("127.0.0.1", ["192.0.2.1, 10.1.2.3"], "192.0.2.1"),
+        ("127.0.0.1", ["192.0.2.1", "10.1.2.3"], "192.0.2.1"),
+        ("fd00::1", ["2001:db8::1"], "2001:db8::1"),
+        # Whoever isn't trusted may write what they like.
+        ("192.0.2.1", ["198.51.100.7"], "192.0.2.1"),
+        ("127.0.0.1", ["198.51.100.7, 192.0.2.1"], "192.0.2.1"),
+        ("127.0.0.1", ["nonsense"], "127.0.0.1"),
+        ("127.0.0.1", ["192.0.2.1, "], "127.0.0.1"),
+    ],
+)
+def test_the_client_is_the_last_address_that_a_trusted_proxy_did_not_have_itself(
+    peer: str, forwarded_for: list[str], client: str
+) -> None:
+    assert client_address(peer, forwarded_for, PROXIES) == client
+
+
+@given(st.lists(st.text()))
+def test_without_trusted_proxies_no_header_counts(forwarded_for: list[str]) -> None:
+    assert client_address("127.0.0.1", forwarded_for, ()) == "127.0.0.1"
+
+
+def test_what_is_no_network_is_named() -> None:
+    with pytest.raises(ValueError, match=r"10\.0\.0\.0/99"):
+        parse_networks(["10.0.0.0/99"])
