@@ -41,7 +41,7 @@ requirements: ## pin the newest versions of what pyproject.toml asks for
 	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --no-emit-index-url \
 		--no-emit-find-links --no-header --extra build --output-file requirements/serve.txt pyproject.toml
 	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --allow-unsafe --no-emit-index-url \
-		--no-emit-find-links --no-header --extra build --extra dev --constraint requirements/serve.txt \
+		--no-emit-find-links --no-header --extra build --extra dev --extra otel --constraint requirements/serve.txt \
 		--output-file requirements/develop.txt pyproject.toml
 
 clean: ## remove .venv and .data

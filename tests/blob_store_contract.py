@@ -96,3 +96,8 @@ class BlobStoreContract:
     async def test_all_digests_are_listed_in_order(self, store: BlobStore) -> None:
         put_digests = [await put(store, b"blob %d" % number) for number in range(20)]
         assert [digest async for digest in store.digests()] == sorted(put_digests)
+
+    async def test_the_inventory_has_every_blob_with_its_size(self, store: BlobStore) -> None:
+        assert await store.inventory() == {}
+        digests = [await put(store, b"x" * size) for size in (0, 1, 1000)]
+        assert await store.inventory() == dict(zip(digests, map(BlobInfo, (0, 1, 1000)), strict=True))

@@ -73,7 +73,10 @@ class Deb:
     def build(self, architecture: str) -> bytes:
         """Give the .deb; the same one every time."""
         conffiles = "".join(f"/{path}\n" for path in self.files if path.startswith("etc/"))
-        control = {"control": Member(self.control(architecture).encode()), "conffiles": Member(conffiles.encode())}
+        control = {
+            "control": Member(self.control(architecture).encode()),
+            "conffiles": Member(conffiles.encode()),
+        }
         if self.postinst:
             control["postinst"] = program(self.postinst.encode())
         return _ar(
@@ -184,9 +187,9 @@ PACKAGES = (
         "any",
         {"Depends": "libc6:any, perl-modules"},
         {
-            "usr/bin/perl": program(b"perl"),
-            "usr/bin/perl5.36": hard_link("usr/bin/perl"),
-            "bin/perl-link": hard_link("usr/bin/perl"),
+            "bin/perl": program(b"perl"),
+            "bin/perl-link": hard_link("bin/perl"),
+            "usr/bin/perl5.36": hard_link("bin/perl"),
         },
     ),
     Deb("perl-modules", "5.36.0-7", fields={"Depends": "perl"}, files={"usr/share/perl/a.pm": Member(b"1;")}),

@@ -42,7 +42,9 @@ class Key:
 
     def __init__(self, folder: Path) -> None:
         self._gpg = ("gpg", "--homedir", str(folder), "--batch", "--quiet")
-        self._run("--passphrase", "", "--quick-generate-key", "repository@localhost", "ed25519", "sign", "never")
+        self._run(
+            "--passphrase", "", "--quick-generate-key", "repository@localhost", "ed25519", "sign", "never"
+        )
         self.public = self._run("--export")
 
     def sign(self, text: bytes) -> bytes:
@@ -76,7 +78,12 @@ class DebianRepository:
         self._updates = 0
 
     def publish(
-        self, *debs: Deb, release: str = SUITE, keep_old: bool = True, signer: Key | None = None, signed: bool = True
+        self,
+        *debs: Deb,
+        release: str = SUITE,
+        keep_old: bool = True,
+        signer: Key | None = None,
+        signed: bool = True,
     ) -> None:
         """Add packages or new versions of them; with `keep_old` false, an old version's .deb is gone.
 

@@ -1,6 +1,6 @@
 """A blob store for tests: in memory, without files to send; it keeps `blob_store_contract`."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +47,9 @@ class MemoryBlobStore:
     async def digests(self) -> AsyncIterator[Digest]:
         for digest in sorted(self.blobs):
             yield digest
+
+    async def inventory(self) -> Mapping[Digest, BlobInfo]:
+        return {digest: BlobInfo(len(content)) for digest, content in self.blobs.items()}
 
     def _take(self, digest: Digest, file: Path) -> None:
         self.blobs.setdefault(digest, file.read_bytes())

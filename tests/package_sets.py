@@ -1,7 +1,6 @@
 """A small Nix package set (`package_set/default.nix`), and the gates at which some of its builders wait."""
 
 import asyncio
-import time
 from pathlib import Path
 
 PACKAGE_SET = Path(__file__).parent / "package_set"
@@ -35,12 +34,14 @@ class Gates:
     async def reached(self, name: str) -> None:
         """Wait until a builder waits."""
         async with asyncio.timeout(_LIMIT):
-            while not self.is_reached(name):
+            while not self.is_reached(name):  # noqa: ASYNC110 (a file tells it, and files have no events)
                 await asyncio.sleep(0.01)
 
-    def wait_until_reached(self, name: str) -> None:
-        """Wait until a builder waits, in tests that have no event loop."""
-        deadline = time.monotonic() + _LIMIT
-        while not self.is_reached(name):
-            assert time.monotonic() < deadline, f"{name} isn't being built"
-            time.sleep(0.01)
+    async def next_reached(self) -> str:
+        """Wait until a builder waits that this has not told yet."""
+        async with asyncio.timeout(_LIMIT):
+            while True:
+                for file in sorted(self._folder.glob("*.reached")):
+                    file.unlink()
+                    return file.stem
+                await asyncio.sleep(0.01)

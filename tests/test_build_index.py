@@ -3,6 +3,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,20 @@ from chandlery.build_index import SCHEMA_VERSION, BuildIndex
 from chandlery.data_folder import locked
 from chandlery.digest import Digest
 from chandlery.errors import StorageError
-from chandlery.oci import OCI_CONFIG, OCI_LAYER, BuiltImage, Descriptor, ManifestFormat, PackedLayer
+from chandlery.image_name import ImageRequest
+from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.oci import (
+    OCI_CONFIG,
+    OCI_LAYER,
+    OCI_MANIFEST,
+    BuiltImage,
+    Descriptor,
+    ManifestFormat,
+    PackedLayer,
+    Platform,
+)
+from chandlery.package_source import PinnedSource
+from chandlery.root_layer import RootLayerOptions
 
 NAME = f"build-index-{SCHEMA_VERSION}.sqlite"
 
@@ -23,10 +37,28 @@ def a_layer(text: str) -> PackedLayer:
     return PackedLayer(Descriptor(f"{OCI_LAYER}+gzip", digest, len(text), {"of": text}), digest, "bWQ1")
 
 
-def an_image(text: str) -> BuiltImage:
-    descriptor = Descriptor(OCI_CONFIG, Digest.of(text.encode()), len(text))
-    manifests = dict.fromkeys(ManifestFormat, descriptor)
-    return BuiltImage(manifests, descriptor, (a_layer(text), a_layer(text + "2")), 49, 123_456_789)
+def digest_of(text: str) -> Digest:
+    return Digest.of(text.encode())
+
+
+def an_image(text: str, *layers: str) -> BuiltImage:
+    """Give an image with blobs of its own, and the layers of these names (two of its own if none)."""
+    manifests = {
+        each: Descriptor(OCI_MANIFEST, digest_of(f"{text} {each}"), len(text)) for each in ManifestFormat
+    }
+    config = Descriptor(OCI_CONFIG, digest_of(f"{text} config"), len(text))
+    names = layers or (text, f"{text}2")
+    return BuiltImage(manifests, config, tuple(map(a_layer, names)), 49, 123_456_789)
+
+
+def an_origin(*packages: str, reference: str = "latest", revision: str = "1" * 64) -> ImageOrigin:
+    pin = PinnedSource("debian", "bookworm", revision, {"lock": "/locks/1", "mirrors": ["a", "b"]})
+    root_layer = RootLayerOptions(1000, 100, extra_commands="touch it")
+    request = ImageRequest(packages, Platform("linux", "amd64"), False, reference)
+    return ImageOrigin(pin, request, BuildOptions(50, "zstd", root_layer=root_layer))
+
+
+GIT = an_origin("git")
 
 
 def test_a_layer_comes_back_equal_from_another_process(tmp_path: Path) -> None:
@@ -39,8 +71,8 @@ def test_a_layer_comes_back_equal_from_another_process(tmp_path: Path) -> None:
 
 def test_an_image_comes_back_equal(tmp_path: Path) -> None:
     with BuildIndex(tmp_path) as index:
-        index.remember_image("key", "git/jq", "latest", an_image("git"))
-        assert index.image("key") == an_image("git")
+        index.remember_image(GIT, an_image("git"))
+        assert index.image(GIT.key) == an_image("git")
         assert index.image("other") is None
 
 
@@ -48,29 +80,194 @@ def test_remembering_again_replaces(tmp_path: Path) -> None:
     with BuildIndex(tmp_path) as index:
         for text in ("first", "second"):
             index.remember_layer("key", a_layer(text))
-            index.remember_image("key", "git", "latest", an_image(text))
+            index.remember_image(GIT, an_image(text))
         assert index.layer("key") == a_layer("second")
-        assert index.image("key") == an_image("second")
+        assert index.image(GIT.key) == an_image("second")
+        assert index.blob(digest_of("first")) is None
 
 
 def test_tags_are_those_of_the_name(tmp_path: Path) -> None:
     with BuildIndex(tmp_path) as index:
         for name, tag in [("git", "unstable"), ("git", "latest"), ("git", "latest"), ("jq", "other")]:
-            index.remember_image("key", name, tag, an_image(name))
+            index.remember_image(an_origin(name, reference=tag), an_image(name))
         assert index.tags("git") == ["latest", "unstable"]
         assert index.tags("none") == []
 
 
-def test_the_time_of_the_last_use_is_kept(tmp_path: Path) -> None:
-    times = iter([10.0, 20.0, 30.0, 40.0])
-    with BuildIndex(tmp_path, clock=lambda: next(times)) as index:
-        index.remember_image("old", "a", "latest", an_image("a"))
-        index.remember_image("new", "b", "latest", an_image("b"))
-        assert list(index.last_used().items()) == [("old", 10.0), ("new", 20.0)]
-        index.remember_use("old")
-        assert list(index.last_used().items()) == [("new", 20.0), ("old", 30.0)]
-        index.remember_image("new", "b", "unstable", an_image("b"))
-        assert list(index.last_used().items()) == [("old", 30.0), ("new", 40.0)]
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def index(tmp_path: Path, clock: Clock) -> Iterator[BuildIndex]:
+    with BuildIndex(tmp_path, clock, use_interval=60.0) as opened:
+        yield opened
+
+
+def in_order_of_use(index: BuildIndex) -> list[tuple[str, float]]:
+    return [(image.name, image.last_used) for image in index.least_recently_used()]
+
+
+def test_images_are_told_in_the_order_of_their_last_use(index: BuildIndex, clock: Clock) -> None:
+    old, new = an_origin("old"), an_origin("new")
+    index.remember_image(old, an_image("old"))
+    clock.now = 2000.0
+    index.remember_image(new, an_image("new"))
+    assert in_order_of_use(index) == [("old", 1000.0), ("new", 2000.0)]
+    clock.now = 3000.0
+    assert index.remember_use(old.key)
+    assert in_order_of_use(index) == [("new", 2000.0), ("old", 3000.0)]
+    clock.now = 4000.0
+    index.remember_image(new, an_image("new"))
+    assert in_order_of_use(index) == [("old", 3000.0), ("new", 4000.0)]
+    assert [image.name for image in index.least_recently_used(3500.0)] == ["old"]
+
+
+def test_a_use_is_written_once_a_minute(index: BuildIndex, clock: Clock, tmp_path: Path) -> None:
+    index.remember_image(GIT, an_image("git"))
+    with sqlite3.connect(tmp_path / NAME) as database:
+        changes = "PRAGMA data_version"  # counts up with every commit of another connection
+        for now, written in [
+            (1030.0, False),
+            (1059.0, False),
+            (1061.0, True),
+            (1062.0, False),
+            (1200.0, True),
+        ]:
+            before = database.execute(changes).fetchone()
+            clock.now = now
+            assert index.remember_use(GIT.key)
+            assert (database.execute(changes).fetchone() != before) == written
+
+
+def test_the_use_of_an_image_that_is_not_kept_is_not_remembered(index: BuildIndex, clock: Clock) -> None:
+    assert not index.remember_use(GIT.key)
+    index.remember_image(GIT, an_image("git"))
+    clock.now += 100
+    assert index.forget_image(GIT.key, clock.now)
+    assert not index.remember_use(GIT.key)
+
+
+def test_an_origin_comes_back_equal_and_has_all_that_nix_needs(index: BuildIndex) -> None:
+    index.remember_image(GIT, an_image("git"))
+    for descriptor in an_image("git").descriptors:
+        [origin] = index.origins(descriptor.digest, limit=5)
+        assert origin == GIT
+        assert origin.key == GIT.key
+        assert origin.pin.to_nix() == GIT.pin.to_nix()
+
+
+def test_a_blob_is_known_with_its_size_and_what_it_is(index: BuildIndex) -> None:
+    index.remember_image(GIT, an_image("git", "base"))
+    base, manifest = index.blob(digest_of("base")), index.blob(digest_of("git oci"))
+    assert base is not None
+    assert (base.key, base.size, base.is_manifest, base.kept) == (GIT.key, 4, False, True)
+    assert manifest is not None
+    assert manifest.is_manifest
+    assert index.blob(digest_of("other")) is None
+
+
+def test_of_images_that_share_a_blob_the_one_used_last_answers_and_one_that_is_kept_first(
+    index: BuildIndex, clock: Clock
+) -> None:
+    for number, name in enumerate(["a", "b", "c"]):
+        clock.now = 1000.0 + number
+        index.remember_image(an_origin(name), an_image(name, "base"))
+    base = digest_of("base")
+    names = [origin.request.name for origin in index.origins(base, limit=2)]
+    assert names == ["c", "b"]
+    for name in ("c", "b"):
+        assert index.forget_image(an_origin(name).key, 2000.0)
+    known = index.blob(base)
+    assert known is not None
+    assert (known.key, known.kept) == (an_origin("a").key, True)
+    assert [origin.request.name for origin in index.origins(base, limit=5)] == ["a", "c", "b"]
+
+
+def test_an_image_that_was_used_since_is_not_forgotten(index: BuildIndex, clock: Clock) -> None:
+    index.remember_image(GIT, an_image("git"))
+    assert not index.forget_image(GIT.key, 1000.0)
+    assert index.image(GIT.key) is not None
+    assert index.forget_image(GIT.key, 1000.1)
+    assert not index.forget_image(GIT.key, 1000.1)
+
+
+def test_an_image_that_was_forgotten_is_a_miss_with_an_origin_and_can_be_remembered_again(
+    index: BuildIndex,
+) -> None:
+    index.remember_image(GIT, an_image("git"))
+    index.forget_image(GIT.key, 2000.0)
+    assert index.image(GIT.key) is None
+    assert index.least_recently_used() == []
+    assert index.origins(digest_of("git"), limit=1) == [GIT]
+    index.remember_image(GIT, an_image("git"))
+    assert index.image(GIT.key) == an_image("git")
+
+
+def test_blobs_are_needed_as_long_as_one_image_that_needs_them_is_kept(index: BuildIndex) -> None:
+    for name in ("a", "b"):
+        index.remember_image(an_origin(name), an_image(name, "base", name))
+    base, only_a, unknown = digest_of("base"), digest_of("a"), digest_of("x")
+    assert index.references()[base] == 2
+    assert index.needed([base, only_a, unknown]) == {base, only_a}
+    index.forget_image(an_origin("a").key, 2000.0)
+    assert index.references()[base] == 1
+    assert index.needed([base, only_a, unknown]) == {base}
+    index.forget_image(an_origin("b").key, 2000.0)
+    assert index.references()[base] == 0
+    assert index.needed([base, only_a, unknown]) == set()
+
+
+def test_what_an_image_needs_is_all_of_its_blobs(index: BuildIndex) -> None:
+    image = an_image("git", "base", "base")
+    index.remember_image(GIT, image)
+    assert index.blobs_of(GIT.key) == {each.digest: each.size for each in image.descriptors}
+
+
+def test_what_decides_about_deletion_is_never_guessed(index: BuildIndex, tmp_path: Path) -> None:
+    index.remember_image(GIT, an_image("git"))
+    with sqlite3.connect(tmp_path / NAME) as database:
+        database.execute("DROP TABLE blobs")
+    with pytest.raises(StorageError):
+        index.needed([digest_of("git")])
+    with pytest.raises(StorageError):
+        index.references()
+
+
+def test_layers_are_forgotten_by_their_blobs(index: BuildIndex) -> None:
+    for name in ("a", "b"):
+        index.remember_layer(name, a_layer(name))
+    index.forget_layers([digest_of("a"), digest_of("x")])
+    assert index.layer("a") is None
+    assert index.layer("b") == a_layer("b")
+
+
+def test_of_collected_images_those_used_last_are_remembered(index: BuildIndex, clock: Clock) -> None:
+    for number, name in enumerate(["a", "b", "c", "kept"]):
+        clock.now = 1000.0 + number
+        index.remember_image(an_origin(name), an_image(name))
+    for name in ("a", "b", "c"):
+        index.forget_image(an_origin(name).key, 2000.0)
+    index.forget_origins(remembered=2)
+    assert index.blob(digest_of("a")) is None
+    assert all(index.blob(digest_of(name)) for name in ("b", "c", "kept"))
+
+
+def test_revisions_are_those_of_images_the_last_used_first(index: BuildIndex, clock: Clock) -> None:
+    for number, (name, revision) in enumerate([("a", "1"), ("b", "2"), ("c", "1"), ("d", "3")]):
+        clock.now = 1000.0 + number
+        index.remember_image(an_origin(name, revision=revision), an_image(name))
+    assert index.revisions(10) == ["3", "1", "2"]
+    assert index.revisions(2) == ["3", "1"]
 
 
 # No NUL: an attribute path is an argument of a program.
@@ -141,8 +338,8 @@ def test_what_can_not_be_written_fails_nobody(tmp_path: Path) -> None:
             database.execute("DROP TABLE layers")
         index.remember_layer("other", a_layer("jq"))
         assert index.layer("key") is None
-        index.remember_image("key", "git", "latest", an_image("git"))
-        assert index.image("key") == an_image("git")
+        index.remember_image(GIT, an_image("git"))
+        assert index.image(GIT.key) == an_image("git")
 
 
 def test_a_folder_that_can_not_be_written_is_one_clear_line() -> None:

@@ -1,15 +1,17 @@
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
 
-from chandlery.build_queue import Build, BuildQueue, BuildState, QueueLimits
+from chandlery.build_queue import SELF_REPAIR, TAKEN_OVER, Build, BuildQueue, BuildState, QueueLimits
 from chandlery.digest import Digest
 from chandlery.errors import (
     BuildError,
     BuildPendingError,
     BuildStoppedError,
+    RateLimitError,
     StorageFullError,
     TooManyBuildsError,
 )
@@ -62,6 +64,27 @@ async def test_many_who_ask_for_one_key_get_one_build() -> None:
     assert gate.begun == ["git"]
 
 
+async def test_only_what_starts_a_build_asks_whether_its_client_may_have_one() -> None:
+    admitted: list[str] = []
+
+    def admit(client: str) -> None:
+        if client == "refused":
+            raise RateLimitError("builds", 1, "hour", 60)
+        admitted.append(client)
+
+    gate = Gate()
+    async with BuildQueue(QueueLimits(admit=admit), LOGS) as queue:
+        tasks = [ask(queue, "git", gate, "a"), ask(queue, "git", gate, "b")]
+        await until(lambda: bool(gate.begun))
+        with pytest.raises(RateLimitError):
+            await ask(queue, "jq", gate, "refused")
+        tasks.append(ask(queue, "git", gate, "refused"))
+        gate.open.set()
+        assert await asyncio.gather(*tasks) == [IMAGE] * 3
+    assert admitted == ["a"]
+    assert gate.begun == ["git"]
+
+
 async def test_no_more_builds_run_than_the_limit() -> None:
     gate = Gate()
     async with BuildQueue(QueueLimits(running=3), LOGS) as queue:
@@ -73,6 +96,17 @@ async def test_no_more_builds_run_than_the_limit() -> None:
         gate.open.set()
         await asyncio.gather(*tasks)
     assert len(gate.begun) == 10
+
+
+async def test_what_a_server_does_for_itself_counts_against_no_clients_limits() -> None:
+    def admit(client: str) -> None:
+        pytest.fail(f"{client} was counted")
+
+    gate = Gate()
+    gate.open.set()
+    async with BuildQueue(QueueLimits(admit=admit), LOGS) as queue:
+        for client in (SELF_REPAIR, TAKEN_OVER):
+            assert await queue.wait(client, client, client, gate) == IMAGE
 
 
 async def test_a_client_that_asks_for_many_images_delays_another_by_one_turn() -> None:
@@ -220,3 +254,97 @@ async def test_a_build_has_a_timeline_and_a_log_of_its_own() -> None:
     assert [seconds for _, seconds in git.timeline] == sorted(seconds for _, seconds in git.timeline)
     assert git.log_file != jq.log_file
     assert git.log_file.name == f"{git.id}.log"
+
+
+async def test_steps_follow_each_other_from_the_question_to_the_end() -> None:
+    async def work(build: Build) -> BuiltImage:
+        build.step("resolve")
+        build.step("build")
+        return IMAGE
+
+    async with BuildQueue(QueueLimits(), LOGS) as queue:
+        await queue.wait("git", "git", "a", work)
+        (build,) = queue.builds()
+    names, begins, ends = zip(*build.steps, strict=True)
+    assert names == ("queued", "resolve", "build")
+    assert begins[1:] == ends[:-1]
+    assert (begins[0], ends[-1]) == (0.0, build.seconds)
+    assert build.seconds == build.seconds, "the time of a build that has ended stands still"
+
+
+async def test_a_build_runs_in_the_context_of_who_asked_first_whatever_it_waited_for() -> None:
+    asking: ContextVar[str] = ContextVar("asking")
+    seen = {}
+
+    async def work(build: Build) -> BuiltImage:
+        seen[build.image] = asking.get()
+        return IMAGE
+
+    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+        tasks = []
+        for image in ("one", "two", "three"):
+            asking.set(f"asks for {image}")
+            tasks.append(ask(queue, image, work))
+        await asyncio.gather(*tasks)
+    assert seen == {image: f"asks for {image}" for image in ("one", "two", "three")}
+
+
+async def test_observers_are_told_of_every_end() -> None:
+    told: list[tuple[str, BuildState]] = []
+    gate = Gate()
+    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+        queue.observers.append(lambda build: told.append((build.image, build.state)))
+        failing = Gate(BuildError("bad", "its builder failed", []))
+        failing.open.set()
+        await asyncio.gather(ask(queue, "bad", failing), return_exceptions=True)
+        tasks = [ask(queue, "running", gate), ask(queue, "waiting", gate)]
+        await until(lambda: bool(gate.begun) and queue.queued == 1)
+        assert queue.running == 1
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert sorted(told) == [("bad", "failed"), ("running", "cancelled"), ("waiting", "cancelled")]
+
+
+async def test_the_error_of_a_build_has_its_id() -> None:
+    gate = Gate(BuildError("git", "its builder failed", []))
+    gate.open.set()
+    async with BuildQueue(QueueLimits(), LOGS) as queue:
+        with pytest.raises(BuildError) as failed:
+            await queue.wait("git", "git", "a", gate)
+        (build,) = queue.builds()
+        assert failed.value.build == build.id
+        assert queue.find(build.id) is build
+        assert queue.find("another") is None
+
+
+async def test_who_waits_or_asks_when_the_queue_stops_is_told_to_come_again() -> None:
+    gate = Gate()
+    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+        tasks = [ask(queue, "running", gate), ask(queue, "waiting", gate)]
+        await until(lambda: bool(gate.begun) and queue.queued == 1)
+        queue.stop()
+        outcomes = await asyncio.gather(*tasks, ask(queue, "late", gate), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [BuildStoppedError] * 3
+    assert gate.begun == ["running"]
+
+
+async def test_stopping_twice_lets_a_build_clean_up_once_and_to_the_end() -> None:
+    began, cleaned = asyncio.Event(), False
+
+    async def work(build: Build) -> BuiltImage:
+        nonlocal cleaned
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned = True
+        return IMAGE
+
+    async with BuildQueue(QueueLimits(), LOGS) as queue:
+        task = ask(queue, "git", work)
+        await began.wait()
+        queue.stop()
+        await asyncio.sleep(0)
+        queue.stop()
+    await asyncio.gather(task, return_exceptions=True)
+    assert cleaned

@@ -37,8 +37,6 @@ def test_ranges_as_rfc_9110_has_them(header: str, slices: list[tuple[int, int]])
         "bytes=",
         "bytes=-",
         "bytes=a-b",
-        "bytes=5-2",
-        "bytes=500-200",
         "bytes=0-1,x",
         "bytes=0-1,",
         "bytes=1",
@@ -55,8 +53,18 @@ def test_what_is_malformed_or_sends_bytes_twice_asks_for_everything(header: str)
     assert parse(header, 10 * MOST_RANGES) == ()
 
 
-@pytest.mark.parametrize(("header", "size"), [("bytes=100-", 100), ("bytes=-0", 100), ("bytes=0-", 0)])
-def test_a_range_outside_the_blob_is_an_error(header: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ("bytes=100-", 100),
+        ("bytes=-0", 100),
+        ("bytes=0-", 0),
+        ("bytes=5-2", 100),
+        ("bytes=500-200", 1000),
+        ("bytes=0-9,5-2", 100),
+    ],
+)
+def test_a_range_outside_the_blob_or_backwards_is_an_error(header: str, size: int) -> None:
     with pytest.raises(UnsatisfiableRangeError) as caught:
         parse(header, size)
     assert caught.value.size == size

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.client_address import client_address, parse_networks
+from chandlery.client_address import client_address, client_network, is_loopback, parse_networks
 
 PROXIES = parse_networks(["127.0.0.1", "10.0.0.0/8", "fd00::/8"])
 
@@ -20,6 +20,9 @@ PROXIES = parse_networks(["127.0.0.1", "10.0.0.0/8", "fd00::/8"])
         ("192.0.2.1", ["198.51.100.7"], "192.0.2.1"),
         ("127.0.0.1", ["198.51.100.7, 192.0.2.1"], "192.0.2.1"),
         ("127.0.0.1", ["nonsense"], "127.0.0.1"),
+        # As a socket for IPv6 tells of an IPv4 client.
+        ("::ffff:127.0.0.1", ["192.0.2.1"], "192.0.2.1"),
+        ("::ffff:192.0.2.1", ["198.51.100.7"], "::ffff:192.0.2.1"),
         ("127.0.0.1", ["192.0.2.1, "], "127.0.0.1"),
     ],
 )
@@ -32,6 +35,32 @@ def test_the_client_is_the_last_address_that_a_trusted_proxy_did_not_have_itself
 @given(st.lists(st.text()))
 def test_without_trusted_proxies_no_header_counts(forwarded_for: list[str]) -> None:
     assert client_address("127.0.0.1", forwarded_for, ()) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2::", "2001:db8:1:2::/64"),
+        ("", ""),
+        ("testclient", "testclient"),
+    ],
+)
+def test_a_client_is_counted_by_its_address_or_by_its_network_with_ipv6(address: str, network: str) -> None:
+    assert client_network(address) == network
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *(("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True)),
+        *(("0.0.0.0", False), ("::", False), ("192.0.2.1", False), ("example.com", False)),  # noqa: S104
+    ],
+)
+def test_loopback_is_what_no_other_machine_reaches(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
 
 
 def test_what_is_no_network_is_named() -> None:

@@ -1,10 +1,12 @@
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from chandlery.data_folder import TemporaryFolder
+from chandlery.data_folder import RunMarker, TemporaryFolder
 from chandlery.errors import StorageError
 
 HOLD_A_FOLDER = """
@@ -60,6 +62,66 @@ def test_two_folders_of_one_process_live_together(tmp_path: Path) -> None:
     with TemporaryFolder(tmp_path) as first, TemporaryFolder(tmp_path) as second:
         assert first.path.is_dir()
         assert second.path.is_dir()
+
+
+def test_what_died_later_is_swept_on_demand(tmp_path: Path) -> None:
+    with TemporaryFolder(tmp_path) as folder:
+        process, other = hold_a_folder(tmp_path)
+        with process:
+            folder.sweep()
+            assert other.exists()
+            process.kill()
+            process.wait()
+        folder.sweep()
+        assert not other.exists()
+        assert folder.path.exists()
+
+
+def test_after_a_clean_end_nothing_is_in_doubt(tmp_path: Path) -> None:
+    for _ in range(2):
+        marker = RunMarker(tmp_path)
+        assert marker.begin() is None
+        marker.end(whole=True)
+
+
+RUN_AND_DIE = """
+import os, sys
+from pathlib import Path
+from chandlery.data_folder import RunMarker
+
+RunMarker(Path(sys.argv[1])).begin()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_after_kills_everything_is_in_doubt_since_the_last_time_it_was_known_to_be_whole(
+    tmp_path: Path,
+) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", RUN_AND_DIE, str(tmp_path)], check=False)
+        os.utime(tmp_path / "running", (1000, 1000))
+    for _ in range(2):
+        marker = RunMarker(tmp_path)
+        assert marker.begin() == 1000
+        marker.end(whole=False)
+    marker = RunMarker(tmp_path)
+    marker.begin()
+    marker.whole()
+    marker.end(whole=False)
+    since = RunMarker(tmp_path).begin()
+    assert since is not None
+    assert since > time.time() - 60
+
+
+def test_a_server_that_takes_over_from_one_that_still_runs_follows_no_crash(tmp_path: Path) -> None:
+    first, second, third = (RunMarker(tmp_path) for _ in range(3))
+    assert first.begin() is None
+    assert second.begin() is None
+    first.end(whole=True)
+    assert (tmp_path / "running").exists()
+    second.end(whole=True)
+    assert third.begin() is None
+    third.end(whole=True)
 
 
 def test_a_parent_that_can_not_be_made_says_what_to_do() -> None:

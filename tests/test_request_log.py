@@ -2,6 +2,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
@@ -58,6 +59,18 @@ async def test_the_application_can_read_the_id() -> None:
 
     response, _ = await answer(RequestLog(app))
     assert seen == [response.headers["x-request-id"]]
+
+
+async def test_whatever_is_logged_meanwhile_has_the_id() -> None:
+    bound = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        bound.append(structlog.contextvars.get_contextvars())
+        await hello(scope, receive, send)
+
+    response, _ = await answer(RequestLog(app))
+    assert bound == [{"request_id": response.headers["x-request-id"]}]
+    assert structlog.contextvars.get_contextvars() == {}
 
 
 async def test_a_request_that_fails_is_logged_too() -> None:

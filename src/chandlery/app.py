@@ -1,32 +1,55 @@
 """Puts the parts together: from settings to a builder, and to the application that a server runs."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from chandlery import package_source
+from chandlery import monitoring, package_source
+from chandlery.access_control import AccessControl, Accounts
 from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
-from chandlery.build_queue import QueueLimits
-from chandlery.client_address import parse_networks
+from chandlery.build_queue import BuildQueue, QueueLimits
+from chandlery.client_address import is_loopback, parse_networks
+from chandlery.data_folder import storage_errors
 from chandlery.debian_index import DebianMirrors
-from chandlery.errors import ChandleryError
-from chandlery.image_builder import BuildCapacity, BuildLimits, BuildOptions, ImageBuilder
+from chandlery.errors import ChandleryError, SettingsError
+from chandlery.garbage_collector import use_interval
+from chandlery.image_builder import BuildCapacity, ImageBuilder
+from chandlery.image_maker import BuildLimits
+from chandlery.image_name import LATEST
+from chandlery.image_origin import BuildOptions
+from chandlery.leases import Leases
+from chandlery.maintenance import maintained
+from chandlery.metrics import Metrics
+from chandlery.monitoring import Watchers
 from chandlery.nix import Nix, NixLimits
 from chandlery.oci import Platform
 from chandlery.package_source import PackageSource
+from chandlery.public_address import PublicAddress
+from chandlery.readiness import Readiness
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
 from chandlery.root_layer import RootLayerOptions
 from chandlery.settings import Settings
+from chandlery.tls import CertificateCopy, CertificateWatch
+from chandlery.tokens import Tokens, load_key
+from chandlery.users import Users
 from chandlery.waiting import WaitPolicy
 
+if TYPE_CHECKING:
+    from chandlery.tracing import Traces
+
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# Revisions of the source at which images were made, and which it should keep.
+_KEPT_REVISIONS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +60,7 @@ class Parts:
     nix: Nix
     blobs: FileBlobStore
     index: BuildIndex
+    leases: Leases
 
 
 @asynccontextmanager
@@ -46,13 +70,56 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     source = package_source.parse(settings.source, settings.data_dir, mirrors)
     limits = NixLimits(settings.build_timeout, settings.evaluation_timeout, settings.nix_jobs)
     nix = Nix(settings.data_dir / "nix" if settings.nix_store == "own" else None, limits)
-    with FileBlobStore(settings.data_dir) as blobs, BuildIndex(settings.data_dir) as index:
+    with (
+        FileBlobStore(settings.data_dir) as blobs,
+        BuildIndex(settings.data_dir, use_interval=use_interval(settings.gc_grace)) as index,
+        Leases(settings.data_dir) as leases,
+    ):
         await nix.check()
-        yield Parts(source, nix, blobs, index)
+        yield Parts(source, nix, blobs, index, leases)
+
+
+def access_control(settings: Settings) -> AccessControl | None:
+    """Make the gate that the settings describe; None if everybody may have everything.
+
+    Raises `SettingsError`, also if other machines reach the server and nobody has said who may pull.
+    """
+    anonymous = settings.anonymous == "read"
+    if settings.users_file is None:
+        if not anonymous and not is_loopback(settings.host):
+            raise SettingsError(
+                f"other machines can reach {settings.host}: say who may pull, by users_file "
+                '(`htpasswd -B` writes one), or let everybody by anonymous = "read"'
+            )
+        accounts = None
+    else:
+        if anonymous and not (settings.public_url or settings.tls_certificate):
+            raise SettingsError(
+                'anonymous = "read" beside users_file takes public_url: where clients get their tokens'
+            )
+        key = load_key(settings.token_key_file or settings.data_dir / "token-key")
+        accounts = Accounts(Users(settings.users_file), Tokens(key, settings.token_lifetime), anonymous)
+    if accounts is None and not settings.access.model_fields_set:
+        return None
+    address = PublicAddress(settings.public_url, parse_networks(settings.trusted_proxies))
+    return AccessControl(settings.access, settings.source, address, accounts)
+
+
+def certificate(settings: Settings) -> CertificateCopy | None:
+    """Give where the server's certificate is; None without one. Raises `SettingsError`."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        if settings.tls_certificate or settings.tls_key:
+            raise SettingsError("tls_certificate and tls_key go together")
+        return None
+    return CertificateCopy(settings.tls_certificate, settings.tls_key, settings.data_dir / "tls.pem")
 
 
 def image_builder(
-    settings: Settings, parts: Parts, root_layer: RootLayerOptions | None = None
+    settings: Settings,
+    parts: Parts,
+    root_layer: RootLayerOptions | None = None,
+    control: AccessControl | None = None,
+    metrics: Metrics | None = None,
 ) -> ImageBuilder:
     """Make a builder that the caller enters."""
     options = BuildOptions(
@@ -65,37 +132,121 @@ def image_builder(
             settings.queued_builds,
             settings.abandoned_build_grace,
             settings.failure_memory,
+            *((control.admit_build,) if control else ()),
         ),
         BuildLimits(settings.max_packages, settings.max_closure_size, settings.min_free_disk),
     )
     return ImageBuilder(
-        parts.source, parts.nix, parts.blobs, parts.index, settings.data_dir, options, capacity
+        parts.source,
+        parts.nix,
+        parts.blobs,
+        parts.index,
+        parts.leases,
+        settings.data_dir,
+        options,
+        capacity,
+        metrics,
     )
 
 
 def create_app(settings: Settings) -> Starlette:
     """Make the application; its lifespan opens the parts, and stops what still runs in the end."""
+    metrics = Metrics()
+    middleware = [Middleware(RequestLog, metrics=metrics)]
+    traces = _traces(settings)
+    if traces:
+        middleware.append(traces.middleware)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with open_parts(settings) as parts, image_builder(settings, parts) as builder:
-            access = Access(
-                WaitPolicy(settings.hold, settings.redirections), parse_networks(settings.trusted_proxies)
+        async with AsyncExitStack() as stack:
+            parts = await stack.enter_async_context(open_parts(settings))
+            control = access_control(settings)
+            if traces:
+                stack.push_async_callback(asyncio.to_thread, traces.close)
+            builder = await stack.enter_async_context(
+                image_builder(settings, parts, control=control, metrics=metrics)
             )
-            app.router.routes.extend(routes(builder, parts.blobs, Platform.of_host(), access))
-            refreshing = asyncio.create_task(_refresh(parts.source, settings.source_refresh))
+            if traces:
+                builder.queue.observers.append(traces.built)
+            proxies = parse_networks(settings.trusted_proxies)
+            access = Access(WaitPolicy(settings.hold, settings.redirections), proxies, control)
+            blobs = await stack.enter_async_context(
+                maintained(settings, parts.blobs, parts.index, parts.leases, parts.nix, builder)
+            )
+            app.router.routes.extend(routes(builder, blobs, Platform.of_host(), access))
+            monitoring.count(metrics, builder.queue, settings.data_dir)
+            watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
+            pages = monitoring.routes(metrics, _readiness(settings, parts), builder.queue, watchers)
+            app.router.routes.extend(pages)
+            running = [_refresh(parts, settings.source_refresh), builder.take_over()]
+            copy = certificate(settings)
+            watch = CertificateWatch(copy, settings.tls_refresh) if copy else None
+            if watch:
+                running.append(watch.run())
+            _stop_at_sigterm(builder.queue, watch)
+            tasks = [asyncio.create_task(each) for each in running]
             try:
                 yield
             finally:
-                refreshing.cancel()
+                for task in tasks:
+                    task.cancel()
 
-    return Starlette(lifespan=lifespan, middleware=[Middleware(RequestLog)])
+    app = Starlette(lifespan=lifespan, middleware=middleware)
+    # A redirection would repeat whatever the Host header says.
+    app.router.redirect_slashes = False
+    return app
 
 
-async def _refresh(source: PackageSource, interval: float) -> None:
+def _readiness(settings: Settings, parts: Parts) -> Readiness:
+    """Say what a server needs to make and serve images; the build index isn't among it."""
+
+    def write() -> None:
+        with storage_errors(settings.data_dir), parts.blobs.temporary_file() as file:
+            file.write_bytes(b"ready")
+
+    return Readiness(
+        {
+            "storage": lambda: asyncio.to_thread(write),
+            "nix": parts.nix.check,
+            "source": lambda: parts.source.pin(LATEST, Platform.of_host()),
+        }
+    )
+
+
+def _traces(settings: Settings) -> "Traces | None":
+    """Import what makes traces, if they are wanted; without it a server does all the rest."""
+    if not settings.traces:
+        return None
+    try:
+        from chandlery.tracing import Traces
+    except ImportError as error:
+        log.warning("no traces are made: pip install 'chandlery[otel]'", reason=str(error))
+        return None
+    return Traces.to_collector()
+
+
+def _stop_at_sigterm(queue: BuildQueue, watch: CertificateWatch | None) -> None:
+    """Stop builds at SIGTERM, and the server after them.
+
+    The server ends the lifespan after the last request, and some requests wait for builds. It stops at SIGINT
+    as it does at SIGTERM. If another worker takes over, those who wait go on waiting there.
+    """
+
+    def stop() -> None:
+        if watch is None or not watch.asked_for_worker:
+            queue.stop()
+        signal.raise_signal(signal.SIGINT)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+
+
+async def _refresh(parts: Parts, interval: float) -> None:
     """Keep the source fresh; while that fails, its last good state serves."""
+    source = parts.source
     while True:
         try:
+            source.keep(parts.index.revisions(_KEPT_REVISIONS))
             await source.refresh(interval)
         except ChandleryError as error:
             log.warning("the package source can't be refreshed", source=source.text, error=str(error))

@@ -8,10 +8,11 @@ or has all its bytes, whenever the machine stops. Blobs never change, hence putt
 """
 
 import asyncio
+import hashlib
 import os
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -29,16 +30,14 @@ _FOLDERS = tuple(f"{number:02x}" for number in range(256))
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
-    """What a store knows about a blob: its size in bytes."""
+    """What a store knows about a blob: its size in bytes, when it was written (seconds since the epoch)."""
 
     size: int
+    written_at: float = field(default=0.0, compare=False)
 
 
-class BlobStore(Protocol):
-    """Blobs by digest; a blob that `stat` knows is whole.
-
-    `tests/blob_store_contract.py` says what every store keeps. All methods raise `StorageError`.
-    """
+class BlobSource(Protocol):
+    """Blobs to read; all methods raise `StorageError`."""
 
     async def stat(self, digest: Digest) -> BlobInfo | None:
         """Tell whether the blob is there."""
@@ -51,6 +50,13 @@ class BlobStore(Protocol):
     def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Give the blob, or a range of it that lies within; `BlobNotFoundError` at the first step."""
         ...
+
+
+class BlobStore(BlobSource, Protocol):
+    """Blobs by digest; a blob that `stat` knows is whole.
+
+    `tests/blob_store_contract.py` says what every store keeps. All methods raise `StorageError`.
+    """
 
     def temporary_file(self) -> AbstractContextManager[Path]:
         """Give a path to write a blob at before `put`; a full disk becomes `StorageFullError`."""
@@ -73,6 +79,10 @@ class BlobStore(Protocol):
 
     def digests(self) -> AsyncIterator[Digest]:
         """Give the digest of every blob, in order; those put or deleted meanwhile may be missed."""
+        ...
+
+    async def inventory(self) -> Mapping[Digest, BlobInfo]:
+        """Give what is known of every blob; those put or deleted meanwhile may be missed."""
         ...
 
 
@@ -141,6 +151,14 @@ class FileBlobStore:
             for name in await asyncio.to_thread(_names, self._blobs / folder):
                 yield Digest(name)
 
+    async def inventory(self) -> Mapping[Digest, BlobInfo]:
+        """See `BlobStore`."""
+        return await asyncio.to_thread(self._inventory)
+
+    async def sweep(self) -> None:
+        """Remove the temporary files of processes that died since this store was opened."""
+        await asyncio.to_thread(self._temporary.sweep)
+
     def close(self) -> None:
         """Remove the temporary files of this process."""
         self._temporary.close()
@@ -155,9 +173,19 @@ class FileBlobStore:
         path = self.path(digest)
         with storage_errors(path.parent):
             try:
-                return BlobInfo(path.stat().st_size)
+                return _info(path.stat())
             except FileNotFoundError:
                 return None
+
+    def _inventory(self) -> dict[Digest, BlobInfo]:
+        found = {}
+        for name in _FOLDERS:
+            folder = self._blobs / name
+            with storage_errors(folder):
+                for entry in os.scandir(folder):
+                    with suppress(FileNotFoundError):  # deleted meanwhile
+                        found[Digest(entry.name)] = _info(entry.stat())
+        return found
 
     def _put(self, digest: Digest, file: Path) -> None:
         target = self.path(digest)
@@ -180,6 +208,26 @@ class FileBlobStore:
         path = self.path(digest)
         with storage_errors(path.parent):
             path.unlink(missing_ok=True)
+
+
+async def is_intact(blobs: BlobStore, digest: Digest, bytes_per_second: float = float("inf")) -> bool:
+    """Read a blob, as fast as it may be, and tell whether it has its digest.
+
+    One that can't be read to its end has not. Raises `BlobNotFoundError`.
+    """
+    state = hashlib.sha256()
+    try:
+        async for block in blobs.read(digest):
+            await asyncio.to_thread(state.update, block)
+            if bytes_per_second < float("inf"):
+                await asyncio.sleep(len(block) / bytes_per_second)
+    except OSError:
+        return False
+    return state.hexdigest() == digest.hex
+
+
+def _info(status: os.stat_result) -> BlobInfo:
+    return BlobInfo(status.st_size, status.st_mtime)
 
 
 def _sync(path: Path) -> None:

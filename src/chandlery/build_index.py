@@ -4,6 +4,10 @@ Losing it costs time and nothing else, so nothing here is worth failing a pull f
 is moved aside, a record that can't be read is a miss, and what can't be written is logged and forgotten.
 The other way round it must not lie: remember something only when every blob of it is durable.
 
+An image is kept, or it was collected: then its blobs may be gone, and its origin is remembered still, so that
+it can be made again for whoever asks for one of its digests. What collectors ask decides what is deleted, so
+those questions raise `StorageError` where others find nothing.
+
 One SQLite file, which several processes may use at once. Its name has the schema's version, so an older and a
 newer Chandlery can share a data folder. Readers never wait for a writer (WAL); a write waits for the disk, so
 the `remember_` methods belong in a thread. All methods can be called from any thread.
@@ -12,8 +16,10 @@ the `remember_` methods belong in a thread. All methods can be called from any t
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -21,24 +27,45 @@ import msgspec
 import structlog
 
 from chandlery.data_folder import locked
+from chandlery.digest import Digest
 from chandlery.errors import StorageError
+from chandlery.image_origin import ImageOrigin
 from chandlery.oci import BuiltImage, PackedLayer
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-Record = TypeVar("Record", PackedLayer, BuiltImage)
+Record = TypeVar("Record", PackedLayer, BuiltImage, ImageOrigin)
 
 # Counts up when the tables change, or the types whose JSON they hold.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
+# Large columns come last: a query that reads the small ones of every image doesn't read those. `last_used`
+# has no index: it changes with every use, and only collectors sort by it.
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS layers (key TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID, STRICT;
+CREATE TABLE IF NOT EXISTS layers (
+    key TEXT PRIMARY KEY,
+    digest TEXT NOT NULL,
+    record BLOB NOT NULL
+) WITHOUT ROWID, STRICT;
+CREATE INDEX IF NOT EXISTS layers_by_digest ON layers (digest);
 CREATE TABLE IF NOT EXISTS images (
     key TEXT PRIMARY KEY,
-    record BLOB NOT NULL,
+    name TEXT NOT NULL,
+    revision TEXT NOT NULL,
     created_at REAL NOT NULL,
-    last_used REAL NOT NULL
+    last_used REAL NOT NULL,
+    kept INTEGER NOT NULL,
+    origin BLOB NOT NULL,
+    record BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS blobs (
+    digest TEXT NOT NULL,
+    key TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    is_manifest INTEGER NOT NULL,
+    PRIMARY KEY (digest, key)
 ) WITHOUT ROWID, STRICT;
+CREATE INDEX IF NOT EXISTS blobs_by_image ON blobs (key);
 CREATE TABLE IF NOT EXISTS tags (
     name TEXT NOT NULL,
     tag TEXT NOT NULL,
@@ -57,15 +84,38 @@ CREATE TABLE IF NOT EXISTS resolutions (
 _BUSY_TIMEOUT = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedBlob:
+    """A blob as an image in the index needs it: its size in bytes, and whether that image is kept."""
+
+    key: str
+    size: int
+    is_manifest: bool
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedImage:
+    """An image that is kept, and when it was last used, in seconds since the epoch."""
+
+    key: str
+    name: str
+    last_used: float
+
+
 class BuildIndex:
     """The index in `folder`; `clock` gives seconds since the epoch, for when an image was made and used.
 
-    Raises `StorageError` when the folder can't be written.
+    The use of an image is written once in `use_interval` seconds. Raises `StorageError` when the folder can't
+    be written.
     """
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Path, clock: Callable[[], float] = time.time, use_interval: float = 60.0
+    ) -> None:
         self._clock = clock
-        path = folder / f"build-index-{SCHEMA_VERSION}.sqlite"
+        self.use_interval = use_interval
+        self._path = path = folder / f"build-index-{SCHEMA_VERSION}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # SQLite's own locks don't cover the change to WAL, nor moving a broken file aside.
@@ -83,32 +133,82 @@ class BuildIndex:
 
     def remember_layer(self, key: str, layer: PackedLayer) -> None:
         """Remember a layer whose blob is durable."""
+        row = (key, layer.descriptor.digest.hex, msgspec.json.encode(layer))
         with self._writing() as database:
-            database.execute("REPLACE INTO layers VALUES (?, ?)", (key, msgspec.json.encode(layer)))
+            database.execute("REPLACE INTO layers VALUES (?, ?, ?)", row)
 
     def image(self, key: str) -> BuiltImage | None:
-        """Give the image that was built for this key; its blobs may have been deleted since."""
-        return self._record("SELECT record FROM images WHERE key = ?", key, BuiltImage)
+        """Give the image of this key, if it is kept; its blobs may have been lost since."""
+        return self._record("SELECT record FROM images WHERE key = ? AND kept", key, BuiltImage)
 
-    def remember_image(self, key: str, name: str, tag: str, image: BuiltImage) -> None:
-        """Remember an image whose blobs are all durable, and that `name:tag` was it."""
-        now = self._clock()
+    def remember_image(self, origin: ImageOrigin, image: BuiltImage) -> None:
+        """Remember an image whose blobs are all durable, what it was made from, and its name and tag."""
+        key, request, now = origin.key, origin.request, self._clock()
+        row = (
+            *(key, request.name, origin.pin.revision, now, now, True),
+            *(msgspec.json.encode(origin), msgspec.json.encode(image)),
+        )
+        manifests = {each.digest for each in image.manifests.values()}
+        blobs = [(each.digest.hex, key, each.size, each.digest in manifests) for each in image.descriptors]
         with self._writing() as database:
             database.execute(
-                "INSERT INTO images VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (key) DO UPDATE SET record = excluded.record, last_used = excluded.last_used",
-                (key, msgspec.json.encode(image), now, now),
+                "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE "
+                "SET origin = excluded.origin, record = excluded.record, last_used = excluded.last_used, "
+                "kept = 1",
+                row,
             )
-            database.execute("REPLACE INTO tags VALUES (?, ?, ?)", (name, tag, key))
+            database.execute("DELETE FROM blobs WHERE key = ?", (key,))
+            database.executemany("REPLACE INTO blobs VALUES (?, ?, ?, ?)", blobs)
+            database.execute("REPLACE INTO tags VALUES (?, ?, ?)", (request.name, request.reference, key))
 
-    def remember_use(self, key: str) -> None:
-        """Remember that the image of this key is in use now."""
-        with self._writing() as database:
-            database.execute("UPDATE images SET last_used = ? WHERE key = ?", (self._clock(), key))
+    def remember_use(self, key: str) -> bool:
+        """Remember that the image of this key is in use now; False if it isn't kept.
 
-    def last_used(self) -> dict[str, float]:
-        """Give the key of every image, and when it was last used, in seconds since the epoch."""
-        return dict(self._read("SELECT key, last_used FROM images ORDER BY last_used, key", ()))
+        It is written only if the last use was written long enough ago.
+        """
+        now = self._clock()
+        for (last_used,) in self._read("SELECT last_used FROM images WHERE key = ? AND kept", (key,)):
+            if abs(now - last_used) < self.use_interval:
+                return True
+            with self._writing() as database:
+                update = "UPDATE images SET last_used = ? WHERE key = ? AND kept"
+                return database.execute(update, (now, key)).rowcount == 1
+        return False
+
+    def blob(self, digest: Digest) -> RecordedBlob | None:
+        """Give what is known of a blob, from the image that was used last of those that need it.
+
+        One that is kept comes before all that were collected.
+        """
+        rows = self._read(
+            "SELECT key, size, is_manifest, kept FROM blobs JOIN images USING (key) WHERE digest = ? "
+            "ORDER BY kept DESC, last_used DESC LIMIT 1",
+            (digest.hex,),
+        )
+        return next(
+            (RecordedBlob(key, size, bool(is_manifest), bool(kept)) for key, size, is_manifest, kept in rows),
+            None,
+        )
+
+    def origins(self, digest: Digest, limit: int) -> list[ImageOrigin]:
+        """Give what images that need a blob were made from, at most `limit`, in the order of `blob`."""
+        keys = self._read(
+            "SELECT key FROM blobs JOIN images USING (key) WHERE digest = ? "
+            "ORDER BY kept DESC, last_used DESC LIMIT ?",
+            (digest.hex, limit),
+        )
+        query = "SELECT origin FROM images WHERE key = ?"
+        origins = (self._record(query, key, ImageOrigin) for (key,) in keys)
+        return [origin for origin in origins if origin is not None]
+
+    def revisions(self, limit: int) -> list[str]:
+        """Give the revisions of sources that images were made at, of the images used last first."""
+        return [
+            revision
+            for (revision,) in self._read(
+                "SELECT revision FROM images GROUP BY revision ORDER BY MAX(last_used) DESC LIMIT ?", (limit,)
+            )
+        ]
 
     def tags(self, name: str) -> list[str]:
         """Give the tags that a repository name was built with."""
@@ -131,6 +231,52 @@ class BuildIndex:
         with self._writing() as database:
             database.executemany("REPLACE INTO resolutions VALUES (?, ?, ?)", rows)
 
+    def least_recently_used(self, used_before: float = float("inf")) -> list[RecordedImage]:
+        """Give the images that are kept and were last used before a time, the oldest use first."""
+        query = "SELECT key, name, last_used FROM images WHERE kept AND last_used < ? ORDER BY last_used, key"
+        return [RecordedImage(*row) for row in self._ask(query, (used_before,))]
+
+    def blobs_of(self, key: str) -> dict[Digest, int]:
+        """Give the blobs that an image needs, with their sizes in bytes."""
+        rows = self._ask("SELECT digest, size FROM blobs WHERE key = ? ORDER BY digest", (key,))
+        return {Digest(digest): size for digest, size in rows}
+
+    def references(self) -> Counter[Digest]:
+        """Count for every blob how many of the images that are kept need it."""
+        query = "SELECT digest, COUNT(*) FROM blobs JOIN images USING (key) WHERE kept GROUP BY digest"
+        return Counter({Digest(digest): count for digest, count in self._ask(query)})
+
+    def needed(self, digests: Iterable[Digest]) -> set[Digest]:
+        """Give those of some blobs that an image needs that is kept."""
+        wanted = msgspec.json.encode([digest.hex for digest in digests]).decode()
+        rows = self._ask(
+            "SELECT DISTINCT digest FROM blobs JOIN images USING (key) "
+            "WHERE kept AND digest IN (SELECT value FROM json_each(?))",
+            (wanted,),
+        )
+        return {Digest(digest) for (digest,) in rows}
+
+    def forget_image(self, key: str, used_before: float) -> bool:
+        """Keep an image no longer, unless it was used since a time; tell whether it was kept till now."""
+        with self._writing() as database:
+            update = "UPDATE images SET kept = 0 WHERE key = ? AND kept AND last_used < ?"
+            return database.execute(update, (key, used_before)).rowcount == 1
+        return False
+
+    def forget_layers(self, digests: Iterable[Digest]) -> None:
+        """Forget layers whose blobs were deleted."""
+        with self._writing() as database:
+            database.executemany("DELETE FROM layers WHERE digest = ?", [(each.hex,) for each in digests])
+
+    def forget_origins(self, remembered: int) -> None:
+        """Forget images that were collected, all but as many as `remembered`, those used last."""
+        keys = self._ask(
+            "SELECT key FROM images WHERE NOT kept ORDER BY last_used DESC LIMIT -1 OFFSET ?", (remembered,)
+        )
+        with self._writing() as database:
+            for table in ("images", "blobs"):
+                database.executemany(f"DELETE FROM {table} WHERE key = ?", keys)  # noqa: S608 (see above)
+
     def close(self) -> None:
         """Close the file; nothing may be called after it."""
         with self._read_lock, self._write_lock:
@@ -152,7 +298,15 @@ class BuildIndex:
                 log.warning("a record of the build index can't be read", key=key, reason=str(error))
         return None
 
-    def _read(self, query: str, parameters: tuple[str, ...]) -> list[Any]:
+    def _ask(self, query: str, parameters: tuple[str | float, ...] = ()) -> list[Any]:
+        """Run a query that may take a second, on a connection of its own, or say that it failed."""
+        try:
+            with closing(_connect(self._path)) as database:
+                return database.execute(query, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._path} can't be read: {error}") from error
+
+    def _read(self, query: str, parameters: tuple[str | int, ...]) -> list[Any]:
         try:
             with self._read_lock:
                 return self._reader.execute(query, parameters).fetchall()

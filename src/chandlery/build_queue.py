@@ -11,8 +11,10 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -35,6 +37,12 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 _REMEMBERED = 200
 
 
+# Builds that a server causes itself: each of these takes turns as if it were one client, without its limits.
+SELF_REPAIR = "self-repair"
+TAKEN_OVER = "taken over"
+_OWN = frozenset({SELF_REPAIR, TAKEN_OVER})
+
+
 class BuildState(StrEnum):
     """What a build is doing, or how it ended."""
 
@@ -50,18 +58,23 @@ class QueueLimits:
     """How many builds run and wait; times are in seconds.
 
     `grace` is how long a build goes on that nobody waits for, `failure_memory` for how long a failed one is
-    answered without trying again.
+    answered without trying again. `admit` is called with the client of each new build, and raises if that may
+    not have another.
     """
 
     running: int = 4
     queued: int = 100
     grace: float = 300.0
     failure_memory: float = 10.0
+    admit: Callable[[str], None] = lambda _: None
 
 
 @dataclass(eq=False, slots=True)
 class Build:
-    """One build; `timeline` has each step that began, with the seconds since the build was asked for."""
+    """One build; `timeline` has each step that began, with the seconds since the build was asked for.
+
+    `context` is that of the request that asked for it first: what the build logs has that request's id.
+    """
 
     key: str
     image: str
@@ -71,8 +84,9 @@ class Build:
     asked_at: float  # seconds since the epoch
     state: BuildState = BuildState.QUEUED
     timeline: list[tuple[str, float]] = field(default_factory=list)
-    error: ChandleryError | None = None
+    error: Exception | None = None
     waiters: int = 0
+    context: Context = field(default_factory=copy_context, repr=False)
     _began: float = field(default_factory=time.monotonic)
 
     def step(self, name: str) -> None:
@@ -80,12 +94,26 @@ class Build:
         self.timeline.append((name, round(time.monotonic() - self._began, 3)))
 
     @property
+    def has_ended(self) -> bool:
+        """Tell whether nothing more will happen in it."""
+        return self.state not in (BuildState.QUEUED, BuildState.RUNNING)
+
+    @property
     def seconds(self) -> float:
-        """How long ago the build was asked for."""
-        return time.monotonic() - self._began
+        """How long it has taken since it was asked for, so far or to its end."""
+        return self.timeline[-1][1] if self.has_ended else time.monotonic() - self._began
+
+    @property
+    def steps(self) -> list[tuple[str, float, float]]:
+        """Give each step, its begin and its end, as in the timeline; before the first comes `queued`."""
+        begun = [(BuildState.QUEUED.value, 0.0), *self.timeline]
+        if not self.has_ended:
+            begun.append(("", self.seconds))
+        return [(name, begin, end) for (name, begin), (_, end) in pairwise(begun)]
 
 
 Work = Callable[[Build], Awaitable[BuiltImage]]
+Observer = Callable[[Build], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -98,9 +126,13 @@ class _Entry:
 
 
 class BuildQueue:
-    """Runs builds; enter it to start, leave it to stop what still runs. `logs` is a folder for their logs."""
+    """Runs builds; enter it to start, leave it to stop what still runs.
+
+    `logs` is a folder for their logs; `observers` are told of every build that has ended.
+    """
 
     def __init__(self, limits: QueueLimits, logs: Path) -> None:
+        self.observers: list[Observer] = []
         self._limits = limits
         self._logs = logs
         self._entries: dict[str, _Entry] = {}  # by key: queued and running
@@ -120,11 +152,20 @@ class BuildQueue:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        running = [entry.task for entry in self._entries.values() if entry.task]
+        self.stop()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    @property
+    def stopping(self) -> bool:
+        """Tell whether builds end because the server does."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """Cancel all builds and take no more: whoever waits, or asks now, gets `BuildStoppedError`."""
         self._stopping = True
-        entries = list(self._entries.values())
-        for entry in entries:
+        for entry in list(self._entries.values()):
             self._cancel(entry)
-        await asyncio.gather(*(entry.task for entry in entries if entry.task), return_exceptions=True)
 
     async def wait(
         self, key: str, image: str, client: str, work: Work, timeout: float | None = None
@@ -151,19 +192,41 @@ class BuildQueue:
         current = [entry.build for entry in self._entries.values()]
         return sorted([*current, *self._ended], key=lambda build: build.asked_at, reverse=True)
 
+    def find(self, build_id: str) -> Build | None:
+        """Give the build with this id, if it is known."""
+        return next((build for build in self.builds() if build.id == build_id), None)
+
+    def log_file(self, build_id: str) -> Path:
+        """Give where the log of a build is; `build_id` is trusted to be one."""
+        return self._logs / f"{build_id}.log"
+
+    @property
+    def queued(self) -> int:
+        """How many builds wait for their turn."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def running(self) -> int:
+        """How many builds run."""
+        return self._running
+
     def position(self, build: Build) -> int:
         """Tell how many builds start before this one and it, in the order of turns; 0 when it has started."""
         turns = (each.build for each in self._turns())
         return next((number for number, each in enumerate(turns, 1) if each is build), 0)
 
     def _submit(self, key: str, image: str, client: str, work: Work) -> _Entry:
+        if self._stopping:
+            raise BuildStoppedError(image, "none")
         until, error = self._failures.get(key, (0.0, None))
         if error is not None and until > time.monotonic():
             raise error.with_traceback(None)
-        if sum(map(len, self._waiting.values())) >= self._limits.queued:
+        if self.queued >= self._limits.queued:
             raise TooManyBuildsError(image, self._limits.queued)
+        if client not in _OWN:
+            self._limits.admit(client)
         build_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(4)}"
-        build = Build(key, image, client, self._logs / f"{build_id}.log", build_id, time.time())
+        build = Build(key, image, client, self.log_file(build_id), build_id, time.time())
         entry = _Entry(build, work, asyncio.get_running_loop().create_future())
         self._entries[key] = entry
         self._waiting.setdefault(client, deque()).append(entry)
@@ -187,7 +250,10 @@ class BuildQueue:
                 self._waiting[client] = queue  # at the end: the others' turn comes first
             self._running += 1
             entry.build.state = BuildState.RUNNING
-            entry.task = asyncio.create_task(self._run(entry), name=f"build {entry.build.id}")
+            # Not in the context of whatever build has just ended.
+            entry.task = asyncio.create_task(
+                self._run(entry), name=f"build {entry.build.id}", context=entry.build.context
+            )
 
     async def _run(self, entry: _Entry) -> None:
         build = entry.build
@@ -215,17 +281,21 @@ class BuildQueue:
         del self._entries[entry.build.key]
         self._ended.append(entry.build)
         if isinstance(outcome, Exception):
+            entry.build.error = outcome
+            if isinstance(outcome, ChandleryError):
+                outcome.build = entry.build.id
             entry.outcome.set_exception(outcome)
             # Whoever waits hears of it; when nobody does, nobody needs to.
             entry.outcome.exception()
         else:
             entry.outcome.set_result(outcome)
+        for observe in self.observers:
+            observe(entry.build)
 
     def _remember_failure(self, build: Build, error: Exception) -> None:
         # A full disk is mended in another place than the build.
         if not isinstance(error, ChandleryError) or isinstance(error, StorageError):
             return
-        build.error = error
         now = time.monotonic()
         self._failures = {key: failure for key, failure in self._failures.items() if failure[0] > now}
         self._failures[build.key] = (now + self._limits.failure_memory, error)
@@ -251,7 +321,9 @@ class BuildQueue:
 
     def _cancel(self, entry: _Entry) -> None:
         if entry.task is not None:
-            entry.task.cancel()
+            # A second time would interrupt what the first one has begun: stopping Nix and its builders.
+            if not entry.task.cancelling():
+                entry.task.cancel()
             return
         queue = self._waiting[entry.build.client]
         queue.remove(entry)

@@ -1,7 +1,8 @@
 """Byte ranges of a blob (RFC 9110, section 14); pure.
 
 A server may ignore any Range header and send everything, so whatever is malformed, or would make it send a
-byte twice, asks for the whole blob. Only a range that lies outside the blob is an error.
+byte twice, asks for the whole blob. A range that lies outside the blob is an error, and so is one that ends
+before it begins: RFC 9110 leaves that open (section 14.2), but distribution-spec's conformance tests don't.
 """
 
 import re
@@ -53,7 +54,7 @@ def parse(header: str, size: int) -> tuple[ByteRange, ...]:
     ranges = []
     for first, last, suffix in (match.groups() for match in matches):
         if last and int(last) < int(first):
-            return ()
+            raise UnsatisfiableRangeError(size)
         start = max(size - int(suffix), 0) if suffix else int(first)
         stop = min(int(last) + 1, size) if last else size
         if start < stop:

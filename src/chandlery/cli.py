@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ from granian.log import LogLevels
 from starlette.applications import Starlette
 
 import chandlery.demo
-from chandlery import __version__, image_name, image_output, logs
-from chandlery.app import create_app, image_builder, open_parts
+from chandlery import __version__, image_name, image_output, logs, maintenance_commands
+from chandlery.app import access_control, certificate, create_app, image_builder, open_parts
 from chandlery.blob_store import FileBlobStore
+from chandlery.client_address import is_loopback
 from chandlery.closure import StorePath
+from chandlery.data_folder import TemporaryFolder
 from chandlery.digest import Digest
 from chandlery.errors import ChandleryError, PackagesNotFoundError, SettingsError
 from chandlery.image_name import LATEST, ImageRequest
@@ -34,6 +35,7 @@ from chandlery.nix import Nix
 from chandlery.oci import BuiltImage, ManifestFormat, Platform
 from chandlery.root_layer import RootLayerOptions
 from chandlery.settings import Settings
+from chandlery.tls import OLDEST_PROTOCOL
 
 _PR_SET_PDEATHSIG = 1
 
@@ -74,15 +76,20 @@ def main() -> None:
         _fail("interrupted")
 
 
-@app.callback()
-def _version(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()
@@ -109,8 +116,14 @@ def serve(
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     asyncio.run(_check(settings))
+    copy = certificate(settings)
+    if copy:
+        copy.update()
+    elif settings.users_file and not (is_loopback(settings.host) or settings.public_url.startswith("https:")):
+        typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
+    scheme, pem = ("https", copy.file) if copy else ("http", None)
     shown = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else settings.host  # noqa: S104
-    typer.echo(f"Chandlery serves {settings.source} at http://{settings.host}:{settings.port}/. Try:\n")
+    typer.echo(f"Chandlery serves {settings.source} at {scheme}://{settings.host}:{settings.port}/. Try:\n")
     typer.echo(f"  docker run -it {shown}:{settings.port}/shell/git/jq\n")
     Granian(
         "chandlery.app:create_app",
@@ -120,7 +133,11 @@ def serve(
         workers=1,
         respawn_failed_workers=True,
         websockets=False,
+        workers_kill_timeout=settings.stop_timeout,
         log_level=LogLevels.warning,
+        ssl_cert=pem,
+        ssl_key=pem,
+        ssl_protocol_min=OLDEST_PROTOCOL,
     ).serve(target_loader=partial(_load, settings, os.getpid()), wrap_loader=False)
 
 
@@ -167,7 +184,10 @@ def build(
     settings = Settings.load(data_dir=data_dir, source=source, max_layers=max_layers, compression=compression)
     logs.configure(settings.log_format)
     request = image_name.of_parts(packages, LATEST, Platform.of_host())
-    wanted = _Wanted(name or request.name, tag, contents or [], extra_commands, (uid, gid), output)
+    # Attribute paths may have capitals, names of images don't.
+    name = name or request.name.lower()
+    image_name.check(name, tag or LATEST)
+    wanted = _Wanted(name, tag, contents or [], extra_commands, (uid, gid), output)
     try:
         built = asyncio.run(_build(settings, request, wanted))
     except PackagesNotFoundError as error:
@@ -176,6 +196,10 @@ def build(
         typer.echo(msgspec.json.encode({"error": "not_found", "pkgs": error.missing}))
         raise typer.Exit(1) from error
     typer.echo(built.as_json() if as_json else built.as_text())
+
+
+app.command()(maintenance_commands.scrub)
+app.command()(maintenance_commands.collect)
 
 
 @app.command()
@@ -243,13 +267,12 @@ class _Built:
 
 async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> _Built:
     async with open_parts(settings) as parts:
-        with tempfile.TemporaryDirectory(dir=settings.data_dir, prefix="contents-") as roots:
-            contents = [await _store_path(parts.nix, text, Path(roots)) for text in wanted.contents]
+        with TemporaryFolder(settings.data_dir / "tmp") as temporary:
+            contents = [await _store_path(parts.nix, text, temporary.path) for text in wanted.contents]
             root_layer = RootLayerOptions(*wanted.owner, tuple(contents), wanted.extra_commands)
             async with image_builder(settings, parts, root_layer) as builder:
                 image = await builder.image(request)
         tag = wanted.tag or image.manifests[ManifestFormat.OCI].digest.hex[:32]
-        image_name.check(wanted.name, tag)
         built = _Built(f"{wanted.name}:{tag}", image, parts.blobs)
         if wanted.output is not None:
             image_output.write(image, request.platform, built.reference, built.files(), wanted.output)
@@ -260,7 +283,10 @@ async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
     """Give the store path that `--contents` names, or make one of a file or folder."""
     path = Path(text)
     if path.parent == Path("/nix/store"):
-        store_path = StorePath.parse(text)
+        try:
+            store_path = StorePath.parse(text)
+        except ValueError as error:
+            raise SettingsError(f"--contents {text}: {error}") from error
         await nix.protect(store_path, roots)
         return store_path
     if not path.exists():
@@ -280,6 +306,7 @@ def _load(settings: Settings, server: int) -> Starlette:
 
 async def _check(settings: Settings) -> None:
     async with open_parts(settings) as parts:
+        access_control(settings)
         await parts.source.pin(LATEST, Platform.of_host())
 
 

@@ -5,14 +5,17 @@
 
 The kernel lets go of a lock (flock) when its process dies, by kill -9 too; so a folder whose lock is free was
 left behind, and whoever comes next removes it. A `chandlery build` beside a running server is left alone.
+
+    running                   is there while a server runs, and after it was killed
 """
 
+import asyncio
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Self
@@ -25,6 +28,9 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+# Seconds between looks at a lock that others hold, mostly for milliseconds.
+_POLL = 0.005
 
 
 @contextmanager
@@ -52,6 +58,29 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@asynccontextmanager
+async def holding(folder: Path, operation: int = fcntl.LOCK_EX) -> AsyncIterator[None]:
+    """Hold a folder's lock, against others of this process as well (flock(2): LOCK_EX or LOCK_SH).
+
+    The event loop goes on while others have it, and no thread waits.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while not _try_lock(descriptor, operation):  # noqa: ASYNC110 (a lock has no event)
+            await asyncio.sleep(_POLL)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class TemporaryFolder:
     """The files that this process is writing; opening it removes what dead processes left in `parent`.
 
@@ -59,6 +88,7 @@ class TemporaryFolder:
     """
 
     def __init__(self, parent: Path) -> None:
+        self._parent = parent
         self.path = parent / f"{os.getpid()}-{token_hex(8)}"
         with storage_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +114,11 @@ class TemporaryFolder:
         finally:
             path.unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Remove what processes that died since have left."""
+        with storage_errors(self._parent), locked(self._parent):
+            _sweep(self._parent)
+
     def close(self) -> None:
         """Remove the folder and what is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -94,6 +129,39 @@ class TemporaryFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class RunMarker:
+    """A file in `folder` that tells after a crash which files may have been damaged by it.
+
+    Its time is when all that had been written until then was known to be whole. Servers that are alive share
+    a lock of it: so one that follows another without a gap isn't taken for one that follows a crash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "running"
+
+    def begin(self) -> float | None:
+        """Note that a server runs; give since when files are in doubt, or None if none was killed."""
+        with storage_errors(self._file.parent):
+            was_there = self._file.exists()
+            self._lock = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            since = self._file.stat().st_mtime if was_there and self._is_alone() else None
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return since
+
+    def whole(self) -> None:
+        """Note that everything is whole that was written until now."""
+        os.utime(self._lock)
+
+    def end(self, *, whole: bool) -> None:
+        """Note that the server ends; unless all is known to be whole, the next one begins with a check."""
+        if whole and self._is_alone():
+            self._file.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _is_alone(self) -> bool:
+        return _try_lock(self._lock, fcntl.LOCK_EX)
 
 
 def _sweep(parent: Path) -> None:
@@ -110,9 +178,6 @@ def _is_alive(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _try_lock(lock, fcntl.LOCK_EX)
     finally:
         os.close(lock)
-    return False

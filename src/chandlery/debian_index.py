@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from chandlery.errors import SourceUnavailableError
 
 log = structlog.get_logger()
 
-# Revisions that tags may still name; older ones are removed.
-KEPT_LOCKS = 8
+# Revisions that are kept, 28 MB each: the newest, and those that images in use were made at (`keep`).
+KEPT_LOCKS = 16
 
 _ALIASES = Path(__file__).parent / "nix" / "debian_aliases.json"
 _COMPONENT = "main"
@@ -114,6 +114,14 @@ class DebianIndex:
             return None
         mirrors = msgspec.json.decode((self._folder / "mirrors.json").read_bytes(), type=tuple[str, ...])
         return PinnedIndex(lock.name, lock, mirrors)
+
+    def keep(self, revisions: Sequence[str]) -> None:
+        """Let the locks of these revisions be the last that are removed; the most wanted comes first."""
+        # `keep_lock` removes the oldest, by the time of their folder.
+        now = time.time()
+        for number, revision in enumerate(revisions):
+            with suppress(OSError):
+                os.utime(self._folder / "locks" / revision, (now - number, now - number))
 
     def age(self) -> float:
         """Tell how many seconds ago the index was last fetched; infinity if never."""

@@ -6,11 +6,14 @@ ChandleryError
 ├── InvalidReferenceError       not a tag or a digest
 ├── InvalidSourceError          not a package source
 ├── SettingsError               the settings can't be used
+├── CredentialsError            it isn't known who asks
+├── PullDeniedError             who asks is known, and may not have it
 ├── NotFoundError
 │   ├── ReferenceNotFoundError  the source has no such tag, or no such manifest is known
 │   ├── BlobNotFoundError       no such blob
 │   └── PackagesNotFoundError   the package set has no such attribute paths
 ├── SourceUnavailableError      the package set can't be had now, and never was
+│   └── RevisionGoneError       the package set can't be had any more as it once was
 ├── EvaluationError             packages that can't be evaluated, each with its reason
 ├── BuildError                  Nix could not build something
 │   ├── BuildTimeoutError       it took longer than the limit
@@ -19,7 +22,8 @@ ChandleryError
 ├── TryAgainError               not now: the same request succeeds later
 │   ├── BuildPendingError       the image is still being built
 │   ├── BuildStoppedError       the server stops, or stopped this build
-│   └── TooManyBuildsError      the queue is full
+│   ├── TooManyBuildsError      the queue is full
+│   └── RateLimitError          one client asks for too much
 ├── NixError                    Nix itself failed
 │   └── NixMissingError         there is no Nix
 ├── UnsupportedEntryError       a file that a layer can't hold
@@ -34,6 +38,8 @@ from typing import Any
 
 class ChandleryError(Exception):
     """The root of the tree; its text is written for the person who pulled."""
+
+    build: str  # the id of the build that it ended, if there was one
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Layers are packed in other processes. An exception is unpickled by calling its class with its text,
@@ -83,6 +89,27 @@ class SettingsError(ChandleryError):
     """The settings can't be used; the text names the setting and what to do."""
 
 
+class CredentialsError(ChandleryError):
+    """It isn't known who asks: no credentials came, or none that are right. The text never has them.
+
+    `code` is that of RFC 6750, section 3.1, for a token that isn't good enough, and else empty.
+    """
+
+    def __init__(self, reason: str, code: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class PullDeniedError(ChandleryError):
+    """The access rules refuse something that an image is made of; `user` is empty for who isn't logged in."""
+
+    def __init__(self, user: str, denied: Sequence[str]) -> None:
+        who = user or "a client that has not logged in"
+        super().__init__(f"{who} may not pull {', '.join(denied)}: the access rules of this server say so")
+        self.user = user
+        self.denied = tuple(denied)
+
+
 class NotFoundError(ChandleryError):
     """What was asked for isn't there."""
 
@@ -98,11 +125,13 @@ class ReferenceNotFoundError(NotFoundError):
 
 
 class BlobNotFoundError(NotFoundError):
-    """No blob has this digest."""
+    """No blob has this digest; `reason` says why one that was there can't be made again."""
 
-    def __init__(self, digest: str) -> None:
-        super().__init__(f"no blob {digest}")
+    def __init__(self, digest: str, reason: str = "") -> None:
+        lost = f": it was lost, and can't be made again: {reason}" if reason else ""
+        super().__init__(f"no blob {digest}{lost}")
         self.digest = digest
+        self.reason = reason
 
 
 class PackagesNotFoundError(NotFoundError):
@@ -125,6 +154,14 @@ class SourceUnavailableError(ChandleryError):
         super().__init__(f"the package source {source} can't be reached: {reason}")
         self.source = source
         self.reason = reason
+
+
+class RevisionGoneError(SourceUnavailableError):
+    """The package source has moved on, and what it was at an older revision isn't kept."""
+
+    def __init__(self, source: str, revision: str) -> None:
+        super().__init__(source, f"its revision {revision} is not kept any more")
+        self.revision = revision
 
 
 class EvaluationError(ChandleryError):
@@ -202,6 +239,20 @@ class TooManyBuildsError(TryAgainError):
         super().__init__(f"{image} can't be built now: {limit} builds are waiting already; pull again later")
         self.image = image
         self.limit = limit
+
+
+class RateLimitError(TryAgainError):
+    """One client asks for too much: more than `limit` of `what` in a `period` (minute, hour)."""
+
+    def __init__(self, what: str, limit: int, period: str, retry_after: int) -> None:
+        super().__init__(
+            f"too many {what}: the limit here is {limit} per {period} and client; "
+            f"try again in {retry_after} s"
+        )
+        self.what = what
+        self.limit = limit
+        self.period = period
+        self.retry_after = retry_after
 
 
 class NixError(ChandleryError):

@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 from chandlery.digest import Digest
+from chandlery.errors import StorageError
 from chandlery.oci import OCI_INDEX, BuiltImage, ManifestFormat, Platform, canonical_json
 
 _LAYOUT_FILE = canonical_json({"imageLayoutVersion": "1.0.0"})
@@ -19,15 +20,18 @@ def write(
     """Write an image to `output`: an archive if its name ends in `.tar`, else a folder.
 
     `reference` is the name and tag by which `docker load` will know it; `blobs` are the image's, as files. It
-    is made aside and renamed, so that what is at `output` is whole; a folder must be new or empty.
+    is made aside and renamed, so that what is at `output` is whole; a folder must be new or empty. Raises
+    `StorageError`.
     """
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    aside = output.absolute().parent / f".{output.name}.{os.getpid()}"
     try:
         if output.suffix == ".tar":
             _write_archive(aside, _files(image, target, reference, blobs))
         else:
             _write_folder(aside, _files(image, target, reference, blobs))
         aside.rename(output)
+    except OSError as error:
+        raise StorageError(f"{output} can't be written: {error.strerror or error}") from error
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 def configure(log_format: Literal["console", "json"]) -> None:
@@ -31,5 +31,18 @@ _FOR_PROGRAMS: Sequence[Processor] = (
 def _for_people() -> Sequence[Processor]:
     return (
         structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        _show_controls,
+        # Not its own choice of tracebacks: those show local variables, and passwords are among them.
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        ),
     )
+
+
+def _show_controls(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Write control characters as escapes: what a client sends must not drive whoever's terminal shows it."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in value)
+            event[name] = "".join(shown)
+    return event

@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ import msgspec
 import structlog
 
 from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.data_folder import storage_errors
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
@@ -30,6 +32,7 @@ from chandlery.errors import (
     StorageFullError,
 )
 from chandlery.package_source import PinnedSource
+from chandlery.store_gate import Passage, StoreGate
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -39,8 +42,9 @@ EXPRESSIONS = Path(__file__).parent / "nix"
 _SANDBOX_PATHS = ("/bin", "/usr", "/lib", "/lib64", "/var/lib/dpkg")
 # Lines of Nix's output that an error repeats.
 _LOG_TAIL = 20
-# Seconds that Nix has to stop its builders before it is killed.
-_STOP_TIMEOUT = 10.0
+# Seconds that Nix has to stop its builders before it is killed: Nix 2.8 overlooks a signal that comes while
+# it starts a builder, and no second one helps.
+_STOP_TIMEOUT = 3.0
 
 # Bytes of a disk that is as good as full.
 _LEAST_SPACE = 1 << 20
@@ -55,7 +59,10 @@ _DOWNLOAD_FAILED = re.compile(
 )
 _MISSING_DERIVATION = re.compile(
     r"path '[^']+\.drv' (?:is not valid|does not exist)|derivation '[^']+' .*not valid"
-    r"|cannot build missing derivation"
+    r"|cannot build missing derivation|don't know how to build these paths"
+    r"|(?:getting status of|opening file) '[^']+\.drv'"
+    # Nix 2.8 may find a path that a build needs, and lose it to the collector before it protects it.
+    r"|error: path '/nix/store/[^']+' is not valid"
 )
 _TRACE_HINT = " (use '--show-trace' to show detailed location information)"
 _NIX_LINE = re.compile(
@@ -89,16 +96,17 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DerivationMissingError(NixError):
-    """A derivation that was resolved earlier was removed from the store since; resolve it again."""
+    """What was resolved earlier, or what it needs, was removed from the store since; resolve it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class NixLimits:
-    """How much Nix may do at once, and how long it may take (seconds)."""
+    """How much Nix may do at once, and how long it may take (seconds); `begun_after` is for `store_gate`."""
 
     build_timeout: float = 3600.0
     evaluation_timeout: float = 120.0
     jobs: int = 4
+    begun_after: float = 30.0
 
 
 class Nix:
@@ -107,6 +115,8 @@ class Nix:
     def __init__(self, folder: Path | None, limits: NixLimits) -> None:
         self._folder = folder
         self._limits = limits
+        # Whoever collects garbage of the machine's store knows of no gate.
+        self._gate = StoreGate(folder, limits.begun_after) if folder else None
 
     @property
     def store_root(self) -> Path:
@@ -158,10 +168,16 @@ class Nix:
         """
         roots.mkdir(parents=True, exist_ok=True)
         command = ("nix-store", "--realise", *derivations, "--add-root", str(roots / "result"), "--indirect")
-        with build_log.open("ab", buffering=0) as file:
+        with storage_errors(build_log.parent), build_log.open("ab", buffering=0) as file:
+
+            def write(output: bytes) -> None:
+                # Where there is no space for a log there may still be some for what is built.
+                with suppress(OSError):
+                    file.write(output)
+
             try:
                 result = await self._run(
-                    *command, timeout=self._limits.build_timeout, on_line=file.write, check=False
+                    *command, timeout=self._limits.build_timeout, on_line=write, check=False
                 )
             except _StoppedError as error:
                 what = ", ".join(_package_name(path) for path in derivations)
@@ -214,13 +230,52 @@ class Nix:
             timeout=self._limits.build_timeout,
         )  # fmt: skip
 
-    async def instantiate(self, expression: str, arguments: Mapping[str, str]) -> str:
-        """Give the derivation of an expression of Chandlery's own, called with strings."""
-        argv = [word for name, value in arguments.items() for word in ("--argstr", name, value)]
-        result = await self._run(
-            "nix-instantiate", str(EXPRESSIONS / expression), *argv, timeout=self._limits.evaluation_timeout
+    @property
+    def owns_store(self) -> bool:
+        """Tell whether the store is Chandlery's own: of the machine's, others decide what is garbage."""
+        return self._folder is not None
+
+    async def sizes(self) -> dict[str, int]:
+        """Give the nar size of every store path."""
+        listed = await self._run(
+            "nix", "path-info", "--all", "--size", timeout=self._limits.evaluation_timeout
         )
-        return result.stdout.strip().splitlines()[-1]
+        lines = (line.split() for line in listed.stdout.splitlines())
+        return {path: int(size) for path, size in lines}
+
+    async def garbage(self) -> list[str]:
+        """Give the store paths that nothing protects: no link in a folder of roots, no running Nix."""
+        listed = await self._run("nix-store", "--gc", "--print-dead", timeout=self._limits.build_timeout)
+        return [line for line in listed.stdout.splitlines() if line.startswith("/")]
+
+    async def collect_garbage(self, at_most: int) -> None:
+        """Delete store paths that nothing protects, until `at_most` bytes are freed or none is left.
+
+        Of builds that are `beginning`, those here already are waited for, and others wait.
+        """
+        if self._gate is None:
+            raise NixError("what is garbage in the machine's store is not Chandlery's to say")
+        limit = str(at_most)
+        async with self._gate.collecting():
+            await self._run("nix-store", "--gc", "--max-freed", limit, timeout=self._limits.build_timeout)
+
+    def beginning(self) -> AbstractAsyncContextManager[Passage]:
+        """Keep `collect_garbage` away while a build looks what is there, and begins; see `store_gate`."""
+        return self._gate.beginning() if self._gate else nullcontext(Passage())
+
+    async def instantiate(self, expression: str, arguments: Mapping[str, str], roots: Path) -> str:
+        """Give the derivation of an expression of Chandlery's own, called with strings.
+
+        It is protected like what `realise` builds, and with it all that it is built from.
+        """
+        roots.mkdir(parents=True, exist_ok=True)
+        argv = [word for name, value in arguments.items() for word in ("--argstr", name, value)]
+        link = roots / "derivation"
+        await self._run(
+            "nix-instantiate", str(EXPRESSIONS / expression), *argv, "--add-root", str(link), "--indirect",
+            timeout=self._limits.evaluation_timeout,
+        )  # fmt: skip
+        return str(link.readlink())
 
     async def _explain(self, request: Mapping[str, Any], attribute_path: str) -> str:
         """Evaluate one attribute path unguarded, to hear what Nix says of it."""
@@ -283,7 +338,8 @@ class Nix:
         if code != 0 and self._is_full(stderr):
             raise StorageFullError(str(self.store_root))
         if check and code != 0:
-            raise NixError(f"{program}: {_last_error(stderr)}")
+            kind = DerivationMissingError if _MISSING_DERIVATION.search(stderr) else NixError
+            raise kind(f"{program}: {_last_error(stderr)}")
         return _Result(code, output.result().decode(), stderr)
 
     def _is_full(self, stderr: str) -> bool:
@@ -305,6 +361,8 @@ class Nix:
             "experimental-features": "nix-command",
             "sandbox": "true",
             "extra-sandbox-paths": " ".join(path for path in _SANDBOX_PATHS if Path(path).exists()),
+            # How often (seconds) to see whether another Nix has built what this one waits for; 5 if not set.
+            "build-poll-interval": "1",
             "max-jobs": str(self._limits.jobs),
             "connect-timeout": "15",
             "stalled-download-timeout": "60",
@@ -363,16 +421,29 @@ async def _read_lines(
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
     """Stop Nix and its builders: politely first, so that it can clean up."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT):
                 await process.wait()
-        except TimeoutError:
-            continue
-        except ProcessLookupError:
-            pass
-        return
+                return
+        # Builders have sessions of their own, and would outlive a Nix that is killed.
+        os.killpg(process.pid, signal.SIGSTOP)
+        for number in (*_descendants(process.pid), process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_STOP_TIMEOUT):
+            await process.wait()
+
+
+def _descendants(process: int) -> list[int]:
+    """Give the processes that come of a process (proc(5), "/proc/pid/task/tid/children")."""
+    children: list[int] = []
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            children += map(int, listed.read_text().split())
+    return [*children, *(each for child in children for each in _descendants(child))]
 
 
 def _build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildError:

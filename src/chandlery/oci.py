@@ -114,6 +114,11 @@ class BuiltImage:
     store_paths: int  # in its closure
     closure_size: int  # bytes, the sum of nar sizes
 
+    @property
+    def descriptors(self) -> tuple[Descriptor, ...]:
+        """Every blob that the image needs: manifests, config, layers."""
+        return (*self.manifests.values(), self.config, *(layer.descriptor for layer in self.layers))
+
 
 @dataclass(frozen=True, slots=True)
 class ContainerConfig:

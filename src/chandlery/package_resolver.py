@@ -13,6 +13,7 @@ from rapidfuzz import fuzz, process
 from chandlery.build_index import BuildIndex
 from chandlery.digest import Digest
 from chandlery.errors import EvaluationError, PackagesNotFoundError
+from chandlery.metrics import Metrics
 from chandlery.nix import Nix, Resolution
 from chandlery.package_source import PinnedSource
 
@@ -23,7 +24,8 @@ _SIMILAR_ENOUGH = 60.0  # of 100, as rapidfuzz.fuzz.ratio counts
 class PackageResolver:
     """Resolves in any pinned source, for any system (`x86_64-linux`)."""
 
-    def __init__(self, nix: Nix, index: BuildIndex) -> None:
+    def __init__(self, nix: Nix, index: BuildIndex, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
         self._nix = nix
         self._index = index
         self._names: dict[tuple[str, ...], list[str]] = {}
@@ -41,6 +43,7 @@ class PackageResolver:
             records = self._index.resolutions(pin_key, attribute_paths)
             known = {path: msgspec.json.decode(record, type=Resolution) for path, record in records.items()}
         unknown = [path for path in attribute_paths if path not in known]
+        self._metrics.looked_up("resolution", hits=len(known), misses=len(unknown))
         if not unknown:
             return known
         answers = await self._nix.resolve(pin, system, unknown)

@@ -9,13 +9,18 @@ import asyncio
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from chandlery.debian_index import DebianIndex, DebianMirrors, PinnedIndex
-from chandlery.errors import InvalidSourceError, ReferenceNotFoundError, SourceUnavailableError
+from chandlery.errors import (
+    InvalidSourceError,
+    ReferenceNotFoundError,
+    RevisionGoneError,
+    SourceUnavailableError,
+)
 from chandlery.image_name import LATEST
 from chandlery.oci import ARCHITECTURES, Platform
 
@@ -29,12 +34,14 @@ class PinnedSource:
 
     `kind` and `location` say which source it is and `revision` what it held; `nix` is what
     `nix/package_set.nix` needs to know beyond that, such as where the lock is: it is no part of the identity.
+    It is None when the source has that revision no longer: what was resolved at it stays valid, and nothing
+    new can be evaluated.
     """
 
     kind: str
     location: str
     revision: str
-    nix: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    nix: Mapping[str, Any] | None = field(default_factory=dict, compare=False, hash=False)
 
     @property
     def tag(self) -> str:
@@ -42,7 +49,9 @@ class PinnedSource:
         return self.revision[:REVISION_TAG_LENGTH]
 
     def to_nix(self) -> dict[str, Any]:
-        """Give the `source` argument of `nix/package_set.nix`."""
+        """Give the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
+        if self.nix is None:
+            raise RevisionGoneError(f"{self.kind}!{self.location}", self.tag)
         return {"kind": self.kind, "location": self.location, **self.nix}
 
 
@@ -60,6 +69,10 @@ class PackageSource(Protocol):
 
     async def refresh(self, max_age: float) -> None:
         """See whether the source has moved, if that was last done more than `max_age` seconds ago."""
+        ...
+
+    def keep(self, revisions: Sequence[str]) -> None:
+        """Let these revisions be the last to go when old ones are removed; the most wanted comes first."""
         ...
 
 
@@ -95,6 +108,11 @@ class DebianSource:
             if architecture == host or index.current() is not None:
                 await index.refresh(max_age)
 
+    def keep(self, revisions: Sequence[str]) -> None:
+        """See `PackageSource.keep`."""
+        for index in self._indexes.values():
+            index.keep(revisions)
+
     def _source(self, pinned: PinnedIndex) -> PinnedSource:
         return PinnedSource(
             "debian",
@@ -117,7 +135,8 @@ class PathSource:
         try:
             revision = await asyncio.to_thread(self._revision)
         except OSError as error:
-            raise SourceUnavailableError(self.text, f"{error.filename}: {error.strerror}") from error
+            where = os.fsdecode(error.filename or self._folder)
+            raise SourceUnavailableError(self.text, f"{where}: {error.strerror}") from error
         pinned = PinnedSource("path", str(self._folder), revision)
         if reference not in (LATEST, pinned.tag):
             raise ReferenceNotFoundError(
@@ -127,6 +146,9 @@ class PathSource:
 
     async def refresh(self, max_age: float) -> None:
         """Do nothing: every pin reads the folder."""
+
+    def keep(self, revisions: Sequence[str]) -> None:
+        """Do nothing: a folder has one revision."""
 
     def _revision(self) -> str:
         """Hash every name and content below the folder; a file that didn't change is not read again."""

@@ -1,5 +1,7 @@
 """One log event for every request, and an id that finds it.
 
+Whatever else is logged while the request is handled has the id, and so has what a build logs that it started.
+
 A plain ASGI middleware: it passes every message on as it is, so that the server can still send files itself
 (`http.response.pathsend`).
 """
@@ -11,7 +13,10 @@ from secrets import token_hex
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chandlery.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -28,13 +33,14 @@ class _Sent:
 
 
 class RequestLog:
-    """Log method, path, status, duration in milliseconds, and bytes of the body.
+    """Log method, path, status, duration in milliseconds, and bytes of the body; count them in `metrics`.
 
     The id comes from the request's X-Request-Id, if a proxy has given it one, and goes into the response's.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
         self._app = app
+        self._metrics = metrics or Metrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application; what it logs itself can have the id from `request.state.request_id`."""
@@ -61,14 +67,23 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_counted)
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                await self._app(scope, receive, send_counted)
         finally:
+            seconds = time.perf_counter() - started
+            self._metrics.answered(route_of(scope), scope["method"], sent.status, seconds, sent.counted)
             log.info(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
                 status=sent.status,
-                duration_ms=round((time.perf_counter() - started) * 1000, 1),
+                duration_ms=round(seconds * 1000, 1),
                 bytes=sent.counted,
                 request_id=request_id,
             )
+
+
+def route_of(scope: Scope) -> str:
+    """Give the name of the route that a request has taken; `other` if there is none for it."""
+    route = scope.get("route")
+    return route.name if isinstance(route, Route) else "other"

@@ -5,6 +5,7 @@ name), a line of the settings file (TOML; `CHANDLERY_SETTINGS` says where), or i
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from chandlery.access_rules import AccessRules
 from chandlery.client_address import parse_networks
 from chandlery.compression import COMPRESSIONS
 from chandlery.errors import SettingsError
@@ -30,6 +32,12 @@ def _default_data_dir() -> Path:
         return Path("/var/lib/chandlery")
     share = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(share).expanduser() / "chandlery"
+
+
+def _is_collector_named() -> bool:
+    """Tell whether OpenTelemetry's own variables say where traces go."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(os.environ.get(name) for name in names)
 
 
 class Settings(BaseSettings):
@@ -67,28 +75,66 @@ class Settings(BaseSettings):
     max_closure_size: int = Field(20 << 30, ge=1, description="bytes of store paths in one image")
     min_free_disk: int = Field(1 << 30, ge=0, description="bytes; with less free, nothing new is built")
 
+    disk_limit: int = Field(
+        0, ge=0, description="bytes of blobs and Nix's own store; beyond, garbage is collected; 0: no limit"
+    )
+    collect_interval: float = Field(600.0, gt=0, description="how often to see whether that limit is kept")
+    gc_grace: float = Field(3600.0, gt=0, description="how long an image is kept after its last use")
+    scrub_interval: float = Field(86400.0, gt=0, description="how often every blob's digest is checked")
+    scrub_rate: int = Field(20 << 20, ge=0, description="bytes per second that are checked; 0: no checks")
+
     hold: float = Field(25.0, gt=0, description="how long a request waits before it is sent on to itself")
     redirections: int = Field(9, ge=0, description="how often it is sent on before the answer is 429")
+    stop_timeout: int = Field(60, ge=1, description="how long a stop waits for what is being sent")
     trusted_proxies: tuple[str, ...] = Field(
         (), description="addresses and networks of proxies whose X-Forwarded-For counts"
     )
+    metrics_networks: tuple[str, ...] = Field(
+        ("127.0.0.0/8", "::1"), description="addresses and networks that may see /metrics and /builds"
+    )
+
+    users_file: Path | None = Field(None, description="who may pull: a file that `htpasswd -B` writes")
+    anonymous: Literal["none", "read"] = Field(
+        "none", description="read: who has not logged in may pull, from other machines too"
+    )
+    access: AccessRules = Field(
+        default_factory=AccessRules, description="what may be pulled, and how much: by user and by default"
+    )
+    public_url: str = Field("", description="where clients reach the server, if that isn't where it listens")
+    token_key_file: Path | None = Field(
+        None, description="the key that signs tokens; none: one that is made in the data folder"
+    )
+    token_lifetime: int = Field(3600, ge=600, description="how long a token is good for")
+    tls_certificate: Path | None = Field(None, description="the certificate and its chain; none: plain HTTP")
+    tls_key: Path | None = Field(None, description="the certificate's key")
+    tls_refresh: float = Field(60.0, gt=0, description="how often to see whether they have changed")
 
     max_layers: int = Field(96, ge=2, le=126, description="layers per image, the root filesystem's included")
     compression: str = Field("gzip", description="of layers: none, gzip or zstd")
     layer_strategy: str = Field("largest-alone", description="how store paths are grouped into layers")
 
     log_format: Literal["console", "json"] = Field("console", description="for people or for programs")
+    traces: bool = Field(
+        default_factory=_is_collector_named, description="send traces to where the OTEL_ variables say"
+    )
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "users_file", "token_key_file", "tls_certificate", "tls_key")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser().absolute()
 
-    @field_validator("trusted_proxies")
+    @field_validator("trusted_proxies", "metrics_networks")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         parse_networks(value)
         return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _url_of_a_host(cls, value: str) -> str:
+        if re.fullmatch(r"(https?://[^\s/\"]+/?)?", value) is None:
+            raise ValueError("write it as https://registry.example.com, without a path")
+        return value.rstrip("/")
 
     @field_validator("compression")
     @classmethod

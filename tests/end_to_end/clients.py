@@ -152,6 +152,16 @@ class Docker:
     def pull(self, image: str) -> str:
         return self._docker("pull", image)
 
+    @contextmanager
+    def logged_in(self, registry: str, credentials: str) -> Iterator[None]:
+        """Log in at an address as `user:password`, and out in the end."""
+        user, _, password = credentials.partition(":")
+        self._docker("login", "--username", user, "--password-stdin", registry, stdin=password)
+        try:
+            yield
+        finally:
+            self._docker("logout", registry)
+
     def run(self, image: str, *command: str, network: Network = "none", stdin: str = "") -> str:
         return self._docker(
             *("run", "--rm", "--interactive", "--pull", "never", "--network", network, image, *command),
@@ -205,12 +215,26 @@ class Containerd:
         for task in self._ctr("tasks", "ls", "--quiet").split():
             self._ctr("tasks", "rm", "--force", task)
 
-    def pull(self, image: str, plain_http: bool = True, platform: str | None = None) -> str:
+    def pull(
+        self, image: str, plain_http: bool = True, platform: str | None = None, credentials: str | None = None
+    ) -> str:
         options = [
-            *(("--plain-http",) if plain_http else ()),
+            *(("--plain-http",) if plain_http else ("--hosts-dir", self._https(image.partition("/")[0]))),
             *(("--platform", platform) if platform else ()),
+            *(("--user", credentials) if credentials else ()),
         ]
         return self._ctr("images", "pull", *options, image)
+
+    def _https(self, registry: str) -> str:
+        """Give a folder of settings by which ctr speaks HTTPS to a loopback address, with any certificate."""
+        folder = self._ctr.folder / "hosts"
+        settings = folder / registry / "hosts.toml"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        url = f'"https://{registry}"'
+        settings.write_text(
+            f'server = {url}\n[host.{url}]\ncapabilities = ["pull", "resolve"]\nskip_verify = true\n'
+        )
+        return str(folder)
 
     # No stdin: ctr 1.6 doesn't end when its stdin is a pipe that does.
     def run(self, image: str, *command: str, network: Network = "none") -> str:
@@ -244,8 +268,12 @@ class Podman:
         with _state_folder() as folder:
             yield cls(folder)
 
-    def pull(self, image: str) -> str:
-        return self._podman("pull", "--tls-verify=false", image)
+    def pull(self, image: str, credentials: str | None = None) -> str:
+        options = ("--creds", credentials) if credentials else ()
+        return self._podman("pull", "--tls-verify=false", *options, image)
+
+    def remove(self, image: str) -> str:
+        return self._podman("image", "rm", image)
 
     def run(self, image: str, *command: str, network: Network = "none") -> str:
         # Podman asks for higher limits by default, which takes CAP_SYS_RESOURCE.
@@ -277,9 +305,10 @@ class Skopeo:
         with _state_folder() as folder:
             yield cls(folder)
 
-    def copy(self, image: str, destination: str) -> str:
+    def copy(self, image: str, destination: str, credentials: str | None = None) -> str:
         """Copy to a transport and a place: `oci:FOLDER`, `dir:FOLDER`, `docker-archive:FILE:NAME:TAG`."""
-        return self._skopeo("copy", "--src-tls-verify=false", f"docker://{image}", destination)
+        options = ("--src-creds", credentials) if credentials else ()
+        return self._skopeo("copy", "--src-tls-verify=false", *options, f"docker://{image}", destination)
 
     def inspect(self, image: str) -> dict[str, Any]:
         return dict(json.loads(self._skopeo("inspect", "--tls-verify=false", f"docker://{image}")))

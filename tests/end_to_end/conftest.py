@@ -98,7 +98,7 @@ class Server:
 def server() -> Iterator[Server]:
     require("nix", root=False)
     with _data_folder() as data_dir, tempfile.TemporaryDirectory(prefix="chandlery-") as log_folder:
-        port = _free_port()
+        port = free_port()
         running = Server(f"127.0.0.1:{port}", data_dir, Path(log_folder) / "server.log")
         argv = [
             *(sys.executable, "-m", "chandlery", "serve", "--host", "127.0.0.1"),
@@ -120,7 +120,7 @@ def _data_folder() -> Iterator[Path]:
             yield Path(folder)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

@@ -9,7 +9,8 @@ let
       # Builders are programs of this machine, whatever system packages are asked for.
       system = builtins.currentSystem;
       builder = "/bin/bash";
-      args = [ "-euc" script ];
+      # Nix kills a builder that closes its output, as `mkdir` does just before it exits; so bash ends last.
+      args = [ "-euc" "${script}\nexit" ];
       PATH = "/usr/bin:/bin";
       inherit needs outputs;
     } // { pname = name; version = "1.0"; inherit meta; };

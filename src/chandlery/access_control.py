@@ -1,0 +1,176 @@
+"""Who may ask, for what, and how often: the gate in front of the distribution API.
+
+A request is let in with a user's password (Basic) or with a token (Bearer), which the token endpoint gives
+for a password: distribution's "Token Authentication Specification". Without users everybody is let in, and
+only rules and limits count. With users everybody needs one or the other; clients that have not logged in can
+get a token without a password if the settings say so, as at other public registries.
+
+A challenge asks for a token if it is known where clients reach this server, since they send the password to
+the address in it; else for Basic, which goes where the request went.
+"""
+
+import math
+from dataclasses import dataclass
+
+import structlog
+from starlette.requests import Request
+
+from chandlery import image_name
+from chandlery.access_rules import AccessRules, Rule
+from chandlery.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
+from chandlery.client_address import client_address, client_network
+from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
+from chandlery.image_name import ImageRequest
+from chandlery.oci import Platform
+from chandlery.public_address import PublicAddress
+from chandlery.rate_limit import TokenBuckets
+from chandlery.tokens import SERVICE, Grant, Tokens
+from chandlery.users import Users
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+TOKEN_PATH = "/v2/token"  # noqa: S105 (a path)
+
+# What is hashed for one address, behind which a whole office may be; what was right a short time ago is not.
+_PASSWORDS_PER_MINUTE = 30
+
+_USER_PREFIX = "user:"
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who sent a request: a user, or an address alone; `repositories` is what a token is good for."""
+
+    user: str | None
+    address: str
+    repositories: frozenset[str] | None = None
+
+    @property
+    def key(self) -> str:
+        """What the client is counted under; no address begins like that of a user."""
+        return client_network(self.address) if self.user is None else f"{_USER_PREFIX}{self.user}"
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """The users, the tokens that they get, and whether who hasn't logged in gets one too."""
+
+    users: Users
+    tokens: Tokens
+    anonymous: bool = False
+
+
+class AccessControl:
+    """Lets clients in; without accounts nobody logs in. `source` is the package source, for the rules."""
+
+    def __init__(
+        self, rules: AccessRules, source: str, address: PublicAddress, accounts: Accounts | None = None
+    ) -> None:
+        self.accounts = accounts
+        self._rules = rules
+        self._source = source
+        self._address = address
+        self._requests = TokenBuckets(60.0)
+        self._builds = TokenBuckets(3600.0)
+        self._passwords = TokenBuckets(60.0)
+
+    async def admit(self, request: Request) -> Client:
+        """Tell who sent a request. Raises `CredentialsError` and `RateLimitError`."""
+        credentials = parse_authorization(request.headers.get("authorization")) if self.accounts else None
+        if self.accounts and credentials is None:
+            raise CredentialsError("log in first: this server has users")
+        return await self.identify(request, credentials)
+
+    async def authorize(self, request: Request, name: str, image: ImageRequest) -> Client:
+        """Tell who sent a request about a repository and may; `PullDeniedError` for who may not."""
+        client = await self.admit(request)
+        denied = self._rule(client).denied(image, self._source)
+        if denied:
+            raise PullDeniedError(client.user or "", denied)
+        if client.repositories is not None and name not in client.repositories:
+            raise CredentialsError("the token is for something else", "insufficient_scope")
+        return client
+
+    async def identify(self, request: Request, credentials: Credentials | None) -> Client:
+        """Tell whose credentials these are, and count the request; see `admit`."""
+        peer = request.client.host if request.client else ""
+        forwarded = request.headers.getlist("x-forwarded-for")
+        address = client_address(peer, forwarded, self._address.trusted_proxies)
+        if self.accounts is None or credentials is None:
+            client = Client(None, address)
+        elif isinstance(credentials, Password):
+            await self._check(self.accounts.users, credentials, address)
+            client = Client(credentials.user, address)
+        else:
+            client = _holder(self.accounts, credentials, address)
+        limit = self._rule(client).requests_per_minute
+        if limit:
+            _raise_if(self._requests.take(client.key, limit), "requests", limit, "minute")
+        return client
+
+    def admit_build(self, client_key: str) -> None:
+        """Count a build that a client causes; `RateLimitError` if it is one too many."""
+        user = client_key.removeprefix(_USER_PREFIX) if client_key.startswith(_USER_PREFIX) else None
+        limit = self._rules.of(user).builds_per_hour
+        if limit:
+            _raise_if(self._builds.take(client_key, limit), "builds", limit, "hour")
+
+    def grant(self, client: Client, names: tuple[str, ...], host: Platform) -> Grant:
+        """Give what a token for a client is good for: those of the repositories that it may pull from."""
+        rule, allowed = self._rule(client), set()
+        for name in names:
+            try:
+                image = image_name.parse(name, image_name.LATEST, host)
+            except ChandleryError:
+                continue
+            if not rule.denied(image, self._source):
+                allowed.add(name)
+        user = client.user or ""
+        version = self.accounts.users.version(user) if self.accounts and user else None
+        return Grant(user, version or "", frozenset(allowed))
+
+    def challenge(self, request: Request, error: CredentialsError) -> str:
+        """Give the WWW-Authenticate header of a request that was not let in (RFC 9110, section 11.6.1)."""
+        url = self._address.of(request)
+        if url is None or request.scope["path"] == TOKEN_PATH:
+            return f'Basic realm="{SERVICE}"'
+        parameters = {"realm": f"{url}{TOKEN_PATH}", "service": SERVICE}
+        name = request.path_params.get("name")
+        if name:
+            parameters["scope"] = pull_scope(name)
+        if error.code:
+            parameters["error"] = error.code
+        return "Bearer " + ",".join(f'{key}="{value}"' for key, value in parameters.items())
+
+    def _rule(self, client: Client) -> Rule:
+        return self._rules.of(client.user)
+
+    async def _check(self, users: Users, credentials: Password, address: str) -> None:
+        """Raise `CredentialsError` if a password is wrong, `RateLimitError` before too many are tried."""
+        user, password = credentials.user, credentials.password
+        if users.remembers(user, password):
+            return
+        wait = self._passwords.take(client_network(address), _PASSWORDS_PER_MINUTE)
+        _raise_if(wait, "passwords", _PASSWORDS_PER_MINUTE, "minute")
+        if not await users.check(user, password):
+            # Without the name: people type a password there.
+            log.warning("wrong user or password", client=address)
+            raise CredentialsError("the user or the password is wrong")
+
+
+def _holder(accounts: Accounts, token: BearerToken, address: str) -> Client:
+    """Tell who sent a token; `CredentialsError` if it isn't good, or not any more."""
+    grant = accounts.tokens.read(token.text)
+    if not grant.user:
+        good = accounts.anonymous
+    else:
+        good = grant.password_version == accounts.users.version(grant.user)
+    if not good:
+        raise CredentialsError("the token is good no more: log in again", "invalid_token")
+    return Client(grant.user or None, address, grant.repositories)
+
+
+def _raise_if(wait: float, what: str, limit: int, period: str) -> None:
+    """Raise `RateLimitError` if there is something to wait for."""
+    if wait:
+        raise RateLimitError(what, limit, period, math.ceil(wait))

@@ -1,0 +1,66 @@
+"""What an image is made from, and nothing is left out: the same origin gives the same image, at any time.
+
+An image's key is a hash of its origin and of the versions of all that reaches its bytes. The index keeps the
+origin of every image, so that a blob that was lost or collected can be made again years later. What can't be
+told from an origin is whether its source still has that revision; see `ImageBuilder.remake`.
+"""
+
+from dataclasses import dataclass, field
+
+from chandlery.compression import COMPRESSIONS
+from chandlery.digest import Digest
+from chandlery.image_name import ImageRequest
+from chandlery.layer_archive import ARCHIVE_VERSION
+from chandlery.layer_plan import PLAN_VERSION
+from chandlery.package_source import PinnedSource
+from chandlery.root_layer import ROOT_LAYER_VERSION, RootLayerOptions
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How images are made; `max_layers` counts the root filesystem layer."""
+
+    max_layers: int = 96
+    compression: str = "gzip"
+    strategy: str = "largest-alone"
+    root_layer: RootLayerOptions = field(default_factory=RootLayerOptions)
+
+    def key_parts(self) -> list[str]:
+        """Give everything that an image's bytes depend on beside its packages."""
+        return [
+            str(self.max_layers),
+            COMPRESSIONS[self.compression].fingerprint,
+            self.strategy,
+            str(PLAN_VERSION),
+            str(ARCHIVE_VERSION),
+            str(ROOT_LAYER_VERSION),
+            *self.root_layer.key_parts(),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOrigin:
+    """Where the packages come from, which of them, and how the image is made of them."""
+
+    pin: PinnedSource
+    request: ImageRequest
+    options: BuildOptions
+
+    @property
+    def key(self) -> str:
+        """The image's key in the build index; the tag that was asked for is no part of it."""
+        pin, request = self.pin, self.request
+        return Digest.of_parts(
+            [
+                *(pin.kind, pin.location, pin.revision, str(request.platform), str(request.shell)),
+                *("options", *self.options.key_parts()),
+                *("packages", *request.packages),
+                # What these stand for may change with the version of Chandlery.
+                *("all packages", *request.all_packages),
+            ]
+        ).hex
+
+    @property
+    def title(self) -> str:
+        """What people call the image: its name, and for which platform it is."""
+        return f"{self.request.name} for {self.request.platform}"

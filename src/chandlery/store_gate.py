@@ -1,0 +1,78 @@
+"""Keeps Nix's garbage collector apart from builds that begin.
+
+A build notes path by path what it finds in the store and needs. A collector that is just running learns of
+it, but Nix 2.8's may have decided about a path by then, and deletes it all the same: builds have been seen to
+lose what they had found. A build that has noted everything is safe, however long it takes. So builds pass
+a gate while they begin, any number at once; a collector waits until all have passed, and lets none in.
+
+    gate/         locked by a collector, and for a moment by who wants in: so a collector has its turn
+    gate/inside/  locked by builds that begin, together, or by a collector, alone
+"""
+
+import asyncio
+import fcntl
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from chandlery.data_folder import holding, storage_errors
+
+
+class Passage:
+    """A build that begins; it has the gate until it ends, or for a while after `realising`."""
+
+    def __init__(self, begun_after: float = 0.0) -> None:
+        self.inside = AsyncExitStack()  # what is locked meanwhile
+        self._begun_after = begun_after
+        self._ending: asyncio.Task[None] | None = None
+
+    def realising(self) -> None:
+        """Give the gate free after the time in which Nix notes all that the build needs."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        await asyncio.sleep(self._begun_after)
+        await self.inside.aclose()
+
+    async def end(self) -> None:
+        """Give the gate free."""
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
+        await self.inside.aclose()
+
+
+class StoreGate:
+    """The gate of one Nix store, for all processes that use it; it stands in `folder`.
+
+    A build has begun when Nix has been building it for `begun_after` seconds.
+    """
+
+    def __init__(self, folder: Path, begun_after: float) -> None:
+        self._begun_after = begun_after
+        self._gate = folder / "gate"
+        self._inside = self._gate / "inside"
+
+    @asynccontextmanager
+    async def beginning(self) -> AsyncIterator[Passage]:
+        """Keep collectors out while a build begins, at the latest until the body ends."""
+        self._make()
+        passage = Passage(self._begun_after)
+        async with holding(self._gate, fcntl.LOCK_EX):
+            await passage.inside.enter_async_context(holding(self._inside, fcntl.LOCK_SH))
+        try:
+            yield passage
+        finally:
+            await passage.end()
+
+    @asynccontextmanager
+    async def collecting(self) -> AsyncIterator[None]:
+        """Wait until all builds that begin have begun, and keep others from beginning."""
+        self._make()
+        async with holding(self._gate, fcntl.LOCK_EX), holding(self._inside, fcntl.LOCK_EX):
+            yield
+
+    def _make(self) -> None:
+        with storage_errors(self._gate):
+            self._inside.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,142 @@
+"""The users of an htpasswd file, as `htpasswd -B` of Apache writes it: a name, a colon, a bcrypt hash.
+
+A hash costs a tenth of a second, and clients send the password with every request. So what was right is
+remembered for a while, under a keyed hash that says nothing without this process's key. A name that isn't
+there costs as much as one that is, a few hashes are computed at once and no more, and the event loop computes
+none. The file is read again when it changes; while it can't be read, the users are those that it had.
+"""
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import bcrypt
+import structlog
+
+from chandlery.errors import SettingsError
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# Apache writes $2y$; the costs are those that htpasswd offers. The last character of a salt has two bits.
+_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-7])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
+# bcrypt reads no more of a password, and Apache cuts the rest off.
+_PASSWORD_BYTES = 72
+
+_REMEMBERED_SECONDS = 300.0
+_MOST_REMEMBERED = 1_000
+_HASHES_AT_ONCE = 2
+
+
+class Users:
+    """The users of a file; `SettingsError` if it can't be read or holds something else."""
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        checkpw: Callable[[bytes, bytes], bool] = bcrypt.checkpw,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = file
+        self._checkpw = checkpw
+        self._clock = clock
+        self._signature = _signature(file)
+        self._hashes = _read(file)
+        self._proven_until: OrderedDict[bytes, float] = OrderedDict()
+        self._key = secrets.token_bytes(32)
+        self._slots = asyncio.Semaphore(_HASHES_AT_ONCE)
+
+    def remembers(self, user: str, password: str) -> bool:
+        """Tell whether this was found right a short time ago."""
+        self._refresh()
+        stored = self._hashes.get(user)
+        return stored is not None and self._is_proven(self._proof(stored, password))
+
+    async def check(self, user: str, password: str) -> bool:
+        """Tell whether there is such a user with this password."""
+        self._refresh()
+        known = self._hashes.get(user)
+        stored = known or self._stand_in()
+        proof = self._proof(stored, password)
+        async with self._slots:
+            # A request beside this one may have had the same question.
+            if not self._is_proven(proof):
+                right = await asyncio.to_thread(self._checkpw, _cut(password), stored.encode())
+                if known is None or not right:
+                    return False
+                self._remember(proof)
+        return True
+
+    def version(self, user: str) -> str | None:
+        """Give what changes with a user's password and tells nothing about it; None if there is no user."""
+        self._refresh()
+        stored = self._hashes.get(user)
+        return None if stored is None else hashlib.sha256(stored.encode()).hexdigest()[:16]
+
+    def _proof(self, stored: str, password: str) -> bytes:
+        # With the hash in it: a new password makes what is remembered of the old one worthless.
+        return hashlib.blake2b(b"%s:%s" % (stored.encode(), _cut(password)), key=self._key).digest()
+
+    def _is_proven(self, proof: bytes) -> bool:
+        return self._proven_until.get(proof, 0.0) > self._clock()
+
+    def _remember(self, proof: bytes) -> None:
+        self._proven_until[proof] = self._clock() + _REMEMBERED_SECONDS
+        self._proven_until.move_to_end(proof)
+        if len(self._proven_until) > _MOST_REMEMBERED:
+            self._proven_until.popitem(last=False)
+
+    def _stand_in(self) -> str:
+        """Give a hash for a name that isn't there, as slow as the others and of no password that is known."""
+        costs = [stored[4:6] for stored in self._hashes.values()]
+        return f"$2b${max(costs, default='05')}${'.' * 53}"
+
+    def _refresh(self) -> None:
+        signature = _signature(self._file)
+        if signature != self._signature:
+            # Before the content is read: what is written meanwhile is seen the next time.
+            self._signature = signature
+            try:
+                self._hashes = _read(self._file)
+            except SettingsError as error:
+                log.error("the users are still those that they were", reason=str(error))
+
+
+def _cut(password: str) -> bytes:
+    return password.encode()[:_PASSWORD_BYTES]
+
+
+def _signature(file: Path) -> tuple[int, ...]:
+    """Give what changes with a file's content; nothing if there is no file."""
+    try:
+        status = os.stat(file)  # noqa: PTH116 (every request does this, and Path.stat takes twice the time)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(file: Path) -> Mapping[str, str]:
+    try:
+        content = file.read_text()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        raise SettingsError(f"users_file: {file} can't be read: {reason}") from error
+    hashes = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        user, _, stored = line.strip().partition(":")
+        # The line may hold a password as it is: only its number is told.
+        if not user or _HASH.fullmatch(stored) is None:
+            raise SettingsError(
+                f"users_file: line {number} of {file} is not a name and a bcrypt hash, "
+                "as `htpasswd -B` writes them"
+            )
+        hashes[user] = stored
+    return hashes

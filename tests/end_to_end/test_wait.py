@@ -1,0 +1,134 @@
+"""A build that takes longer than any proxy or client holds a connection, behind a proxy that cuts at 30 s."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from end_to_end.clients import ClientError, Containerd, Daemon, Docker, Podman, Skopeo
+from end_to_end.conftest import require
+from package_sets import SOURCE, Gates
+from servers import RunningServer, free_port, serving, wait_until
+
+pytestmark = [pytest.mark.clients, pytest.mark.nix]
+
+# Seconds. The build ends after this; the proxy gives up on a silent server after the other.
+_BUILD_TIME = 65.0
+_PROXY_LIMIT = 30
+_START_LIMIT = 60.0
+
+# /registry is the public address: the server knows neither it nor the port.
+_NGINX = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{public};
+        location / {{
+            proxy_pass {private};
+            proxy_read_timeout {limit}s;
+            proxy_set_header Host $host;
+            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+        }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def chandlery(folder: Path, **variables: str) -> Iterator[tuple[RunningServer, Gates]]:
+    """Start a server of the small package set; give the gates of its builders too."""
+    data_dir = folder / "data"
+    data_dir.mkdir()
+    gates = Gates(folder / "gates", data_dir)
+    with serving(data_dir, SOURCE, folder / "server.log", variables=variables) as server:
+        yield server, gates
+
+
+@contextmanager
+def proxy(folder: Path, server: RunningServer, port: int | None = None) -> Iterator[int]:
+    """Start nginx in front of a server; give its port."""
+    public = port or free_port()
+    configuration = folder / "nginx.conf"
+    configuration.write_text(
+        _NGINX.format(folder=folder, public=public, private=server.url, limit=_PROXY_LIMIT)
+    )
+    argv = ["nginx", "-c", str(configuration), "-e", str(folder / "error.log")]
+    with Daemon.start(argv, os.environ, folder / "nginx.log") as daemon:
+        daemon.wait_until(lambda: answers(public), _START_LIMIT)
+        yield public
+
+
+def answers(port: int) -> bool:
+    try:
+        return not httpx.get(f"http://127.0.0.1:{port}/v2/").is_server_error
+    except httpx.TransportError:
+        return False
+
+
+def test_all_clients_wait_for_a_build_of_more_than_a_minute_behind_a_proxy(
+    tmp_path: Path,
+    docker: Docker,
+    containerd: Containerd,
+    podman: Podman,
+    skopeo: Skopeo,
+) -> None:
+    require("nginx")
+    with chandlery(tmp_path) as (server, gates), proxy(tmp_path, server) as port:
+        image = f"127.0.0.1:{port}/waiting-a/hello:latest"
+        pulls: list[Callable[[], object]] = [
+            lambda: docker.pull(image),
+            lambda: containerd.pull(image),
+            lambda: podman.pull(image),
+            lambda: skopeo.copy(image, f"dir:{tmp_path / 'copied'}"),
+        ]
+        opener = threading.Timer(_BUILD_TIME, gates.open, ["waiting-a"])
+        opener.start()
+        try:
+            began = time.monotonic()
+            with ThreadPoolExecutor(len(pulls)) as pool:
+                for pull in [pool.submit(pull) for pull in pulls]:
+                    pull.result()
+            assert time.monotonic() - began >= _BUILD_TIME
+        finally:
+            opener.cancel()
+        log = (tmp_path / "server.log").read_text()
+        assert log.count("build queued") == 1
+        requests = (tmp_path / "access.log").read_text()
+        assert " 307 " in requests
+        assert " 504 " not in requests
+
+
+def test_who_waits_too_long_is_told_to_come_again_and_what_the_build_is(
+    tmp_path: Path, docker: Docker
+) -> None:
+    waits = {"CHANDLERY_HOLD": "0.2", "CHANDLERY_REDIRECTIONS": "2"}
+    with chandlery(tmp_path, **waits) as (server, gates):
+        image = f"{server.url.removeprefix('http://')}/waiting-a"
+        url = f"{server.url}/v2/waiting-a/manifests/latest"
+        response = httpx.get(url, follow_redirects=True)
+        assert response.status_code == 429
+        assert len(response.history) == 2
+        assert int(response.headers["retry-after"]) > 0
+        (error,) = response.json()["errors"]
+        assert error["detail"]["build"] in error["message"]
+        with pytest.raises(ClientError, match="is being built"):
+            docker.pull(image)
+        gates.open("waiting-a")
+        wait_until(lambda: httpx.get(url, follow_redirects=True).is_success)
+        docker.pull(image)

@@ -1,0 +1,15 @@
+"""Looking for processes, to see that none is left."""
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def running(word: str) -> list[str]:
+    """Give the command lines of processes that have this word in them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            command = process.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if word in command:
+                found.append(command)
+    return found

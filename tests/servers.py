@@ -1,0 +1,107 @@
+"""Starts the real `chandlery serve`, and knows every process that comes of it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+# Seconds, for what takes one or two.
+LIMIT = 60.0
+_MARK = "CHANDLERY_TEST_MARK"
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    process: "subprocess.Popen[bytes]"
+    url: str
+    log: Path
+    mark: str
+
+    def get(self, path: str) -> httpx.Response:
+        # Whether certificates are right is the business of other tests.
+        return httpx.get(f"{self.url}{path}", timeout=LIMIT, verify=False)  # noqa: S501
+
+    def answers(self) -> bool:
+        with suppress(httpx.TransportError):
+            return self.get("/v2/").status_code in (httpx.codes.OK, httpx.codes.UNAUTHORIZED)
+        return False
+
+    def processes(self) -> list[int]:
+        """Give the server, its worker, those that pack, and Nix: whoever has inherited the mark."""
+        return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self._is_ours(folder)]
+
+    def _is_ours(self, folder: Path) -> bool:
+        with suppress(OSError):
+            return f"{_MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        return False
+
+    def kill(self) -> None:
+        """End it as a power cut would: no process has time for anything."""
+        # Stopped first, so that none lives to see another die.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in self.processes():
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+        self.process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Give this process's environment without what it says about Chandlery."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHANDLERY_")}
+    return {**inherited, **variables}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(
+    data_dir: Path,
+    source: str,
+    log: Path,
+    *,
+    port: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[RunningServer]:
+    """Start a server in a process group of its own, and wait until it answers; nothing is left in the end."""
+    port = port or free_port()
+    mark = secrets.token_hex(8)
+    argv = [sys.executable, "-m", "chandlery", "serve", "--port", str(port)]
+    with (
+        log.open("ab") as output,
+        subprocess.Popen(
+            [*argv, "--data-dir", str(data_dir), "--source", source],
+            env=environment(**{_MARK: mark}, **(variables or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        ) as process,
+    ):
+        scheme = "https" if "CHANDLERY_TLS_CERTIFICATE" in (variables or {}) else "http"
+        server = RunningServer(process, f"{scheme}://127.0.0.1:{port}", log, mark)
+        try:
+            wait_until(lambda: process.poll() is not None or server.answers())
+            assert process.poll() is None, log.read_text()
+            yield server
+        finally:
+            server.kill()

@@ -1,0 +1,87 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from chandlery.access_rules import AccessRules, Rule
+from chandlery.image_name import ImageRequest, parse
+from chandlery.oci import Platform
+
+SOURCE = "debian!bookworm"
+ATTRIBUTE_PATHS = st.lists(st.text("abc019", min_size=1, max_size=5), min_size=1, max_size=3).map(".".join)
+
+
+def request(name: str) -> ImageRequest:
+    return parse(name, "latest", Platform("linux", "amd64"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "denied"),
+    [
+        (Rule(), "shell/git", ()),
+        (Rule(deny=("git",)), "git", ("git",)),
+        (Rule(deny=("git",)), "git-lfs/gitui", ()),
+        (Rule(deny=("git*", "jq")), "curl/git/gitui/jq", ("git", "gitui", "jq")),
+        (Rule(allow=("git", "python3*")), "git/python3packages.numpy", ()),
+        (Rule(allow=("git", "python3*")), "git/nmap/python3", ("nmap",)),
+        (Rule(allow=("python3*",), deny=("*.numpy",)), "python3packages.numpy", ("python3packages.numpy",)),
+        (Rule(allow=()), "git", ("git",)),
+        # Image names have no capitals, attribute paths do.
+        (Rule(deny=("haskellPackages.*",)), "haskellpackages.pandoc", ("haskellpackages.pandoc",)),
+        # Everything else that a shell brings needs no mention.
+        (Rule(allow=("git",)), "shell/git", ("shell",)),
+        (Rule(allow=("shell", "git")), "shell/git", ()),
+        (Rule(allow=("git",)), "arm64/git", ()),
+        (Rule(deny=("[gj]*",)), "curl/git/jq", ("git", "jq")),
+        (Rule(deny=("a.b",)), "axb", ()),
+    ],
+)
+def test_a_rule_names_what_it_refuses(rule: Rule, name: str, denied: tuple[str, ...]) -> None:
+    assert rule.denied(request(name), SOURCE) == denied
+
+
+def test_a_rule_may_be_about_package_sources() -> None:
+    rule = Rule(sources=("path!/srv/*", "debian!bookworm"))
+    assert rule.denied(request("git"), "debian!bookworm") == ()
+    assert rule.denied(request("git"), "path!/srv/packages") == ()
+    assert rule.denied(request("git"), "debian!trixie") == ("from debian!trixie",)
+
+
+@given(st.lists(ATTRIBUTE_PATHS, min_size=1, max_size=5, unique=True), st.data())
+def test_what_is_denied_is_denied_whatever_else_is_asked_for(paths: list[str], data: st.DataObject) -> None:
+    denied = data.draw(st.sampled_from(paths))
+    whole = ImageRequest(tuple(sorted(paths)), Platform("linux", "amd64"))
+    assert Rule(deny=(denied,)).denied(whole, SOURCE) == (denied,)
+    assert denied not in Rule(allow=(denied,)).denied(whole, SOURCE)
+
+
+def test_what_a_rule_does_not_say_is_as_in_the_default() -> None:
+    rules = AccessRules.model_validate(
+        {
+            "default": {"deny": ["nmap"], "builds_per_hour": 5},
+            "anonymous": {"requests_per_minute": 10},
+            "users": {"alice": {"allow": ["git"]}, "ci": {"builds_per_hour": 0, "deny": []}},
+        }
+    )
+    assert rules.of("alice") == Rule(allow=("git",), deny=("nmap",), builds_per_hour=5)
+    assert rules.of("ci") == Rule()
+    assert rules.of("somebody") == Rule(deny=("nmap",), builds_per_hour=5)
+    assert rules.of(None) == Rule(deny=("nmap",), builds_per_hour=5, requests_per_minute=10)
+
+
+def test_without_rules_everything_is_allowed() -> None:
+    assert AccessRules().of(None) == AccessRules().of("alice") == Rule()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"default": {"allowed": ["git"]}},
+        {"user": {}},
+        {"default": {"builds_per_hour": -1}},
+        {"default": {"allow": "git"}},
+    ],
+)
+def test_a_rule_that_would_not_do_what_it_says_is_refused(rules: object) -> None:
+    with pytest.raises(ValidationError):
+        AccessRules.model_validate(rules)

@@ -1,0 +1,129 @@
+"""The rules of docs/architecture.md that a reader can't see in one module."""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import chandlery
+
+# A module may import from its own row and from those below it, and no two import each other.
+LAYERS = (
+    "__main__",
+    "cli",
+    "maintenance_commands",
+    "demo app maintenance",
+    "settings",
+    "monitoring readiness tracing",
+    "registry_api endpoint registry_client request_log waiting sandbox image_output",
+    "token_endpoint access_control client_address public_address users tokens rate_limit tls",
+    "repaired_blobs scrub garbage_collector",
+    "image_builder",
+    "image_maker",
+    "build_queue build_index package_resolver",
+    "unfinished_builds",
+    "image_origin leases root_layer",
+    "nix store_gate layer_archive root_filesystem store_reader blob_store data_folder",
+    "layer_plan package_source debian_index debian_lock alternatives compression",
+    "access_rules authorization",
+    "closure image_name negotiation",
+    "oci byte_range logs metrics",
+    "digest",
+    "errors",
+)
+
+# What decides does no I/O, and asks no clock.
+PURE = (
+    "access_rules alternatives authorization byte_range closure errors image_name layer_plan negotiation oci"
+)
+IMPURE_IMPORTS = {
+    *("anyio", "asyncio", "httpx", "io", "multiprocessing", "os", "shutil", "socket", "sqlite3"),
+    *("subprocess", "tempfile", "threading", "time", "datetime", "random", "secrets"),
+}
+
+STARTS_PROGRAMS = "nix debian_index sandbox demo"
+# These pass the environment on to the programs that they start, and look for them on PATH.
+PASSES_THE_ENVIRONMENT_ON = STARTS_PROGRAMS
+NIX_PROGRAM = re.compile(r"nix-(store|build|instantiate|env|shell|channel|daemon|collect-garbage|hash)")
+
+FOLDER = Path(chandlery.__file__).parent
+TREES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+ROW = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
+
+each_module = pytest.mark.parametrize("module", sorted(TREES))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Give the modules that are imported anywhere in a module, dotted and whole."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(module: str) -> set[str]:
+    """Give the modules of Chandlery that a module imports."""
+    parts = (name.split(".") for name in imports(TREES[module]))
+    return {names[1] for names in parts if names[0] == "chandlery" and names[1] in TREES}
+
+
+def attributes(tree: ast.Module) -> set[str]:
+    """Give what is read from names, as it is written: `os.environ`."""
+    return {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+
+
+@each_module
+def test_a_module_has_its_place(module: str) -> None:
+    assert module in ROW, f"add {module} to LAYERS"
+
+
+@each_module
+def test_imports_run_downwards(module: str) -> None:
+    upwards = {other for other in own_imports(module) if ROW[other] < ROW[module]}
+    assert not upwards
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    TopologicalSorter({module: own_imports(module) for module in TREES}).prepare()
+
+
+@pytest.mark.parametrize("module", PURE.split())
+def test_what_decides_does_no_io(module: str) -> None:
+    imported = {name.partition(".")[0] for name in imports(TREES[module])}
+    assert not imported & IMPURE_IMPORTS
+
+
+@each_module
+def test_only_the_settings_are_read_from_the_environment(module: str) -> None:
+    read = attributes(TREES[module]) & {"os.environ", "os.environb", "os.getenv"}
+    assert not read or module in ("settings", *PASSES_THE_ENVIRONMENT_ON.split())
+
+
+@each_module
+def test_few_modules_start_programs(module: str) -> None:
+    starting = {
+        *("subprocess.run", "subprocess.Popen", "subprocess.check_output", "os.system", "os.execv"),
+        *("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell", "anyio.run_process"),
+    }
+    assert not attributes(TREES[module]) & starting or module in STARTS_PROGRAMS.split()
+
+
+@each_module
+def test_only_one_module_calls_nix(module: str) -> None:
+    called = {
+        node.value
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and NIX_PROGRAM.fullmatch(node.value)
+    }
+    assert bool(called) == (module == "nix")

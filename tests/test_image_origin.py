@@ -1,0 +1,53 @@
+from dataclasses import replace
+
+import pytest
+
+from chandlery.compression import COMPRESSIONS
+from chandlery.image_name import ImageRequest
+from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.oci import Platform
+from chandlery.package_source import PinnedSource
+from chandlery.root_layer import RootLayerOptions
+
+PIN = PinnedSource("path", "/srv/packages", "1" * 64)
+REQUEST = ImageRequest(("git", "jq"), Platform("linux", "amd64"))
+ORIGIN = ImageOrigin(PIN, REQUEST, BuildOptions())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(ORIGIN, pin=replace(PIN, kind="debian")),
+        replace(ORIGIN, pin=replace(PIN, location="/srv/other")),
+        replace(ORIGIN, pin=replace(PIN, revision="2" * 64)),
+        replace(ORIGIN, request=replace(REQUEST, packages=("gitjq",))),
+        replace(ORIGIN, request=replace(REQUEST, packages=("git",))),
+        replace(ORIGIN, request=ImageRequest(("git", "jq"), REQUEST.platform, True)),
+        replace(ORIGIN, request=replace(REQUEST, platform=Platform("linux", "arm64"))),
+        replace(ORIGIN, options=BuildOptions(max_layers=95)),
+        replace(ORIGIN, options=BuildOptions(compression="zstd")),
+        replace(ORIGIN, options=BuildOptions(strategy="other")),
+        replace(ORIGIN, options=BuildOptions(root_layer=RootLayerOptions(uid=1000))),
+        replace(ORIGIN, options=BuildOptions(root_layer=RootLayerOptions(gid=1000))),
+        replace(ORIGIN, options=BuildOptions(root_layer=RootLayerOptions(extra_commands="true"))),
+    ],
+)
+def test_whatever_is_another_in_an_origin_is_another_image(other: ImageOrigin) -> None:
+    assert other.key != ORIGIN.key
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        replace(ORIGIN, request=replace(REQUEST, reference="1111111111111111")),
+        replace(ORIGIN, pin=replace(PIN, nix={"lock": "/elsewhere"})),
+        replace(ORIGIN, pin=replace(PIN, nix=None)),
+    ],
+)
+def test_what_the_tag_was_and_where_nix_finds_the_source_make_no_other_image(same: ImageOrigin) -> None:
+    assert same.key == ORIGIN.key
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_the_version_of_the_compressor_is_a_part_of_the_key(name: str) -> None:
+    assert COMPRESSIONS[name].fingerprint in BuildOptions(compression=name).key_parts()

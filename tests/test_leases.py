@@ -1,0 +1,79 @@
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+from chandlery.digest import Digest
+from chandlery.leases import Leases
+
+BLOB, OTHER = Digest.of(b"blob"), Digest.of(b"other")
+
+
+async def test_a_lease_holds_from_when_it_is_taken_to_the_end_of_its_body(tmp_path: Path) -> None:
+    with Leases(tmp_path) as leases:
+        async with leases.lease() as lease:
+            assert leases.leased() == set()
+            await lease.take(BLOB, OTHER)
+            await lease.take(BLOB)
+            assert leases.leased() == {BLOB, OTHER}
+            lease.give_back(OTHER)
+            lease.give_back(OTHER)
+            assert leases.leased() == {BLOB}
+        assert leases.leased() == set()
+
+
+async def test_a_blob_is_leased_until_the_last_lease_of_it_ends(tmp_path: Path) -> None:
+    with Leases(tmp_path) as leases:
+        async with leases.lease() as first:
+            await first.take(BLOB)
+            async with leases.lease() as second:
+                await second.take(BLOB)
+            assert leases.leased() == {BLOB}
+
+
+async def test_no_lease_is_taken_under_the_lock_of_this_process_or_another(tmp_path: Path) -> None:
+    with Leases(tmp_path) as ours, Leases(tmp_path) as others:
+        async with ours.lease() as first, others.lease() as second:
+            taking = []
+            async with ours.locked():
+                taking = [asyncio.create_task(lease.take(BLOB)) for lease in (first, second)]
+                await asyncio.sleep(0.05)
+                assert ours.leased() == set()
+            await asyncio.gather(*taking)
+            assert ours.leased() == others.leased() == {BLOB}
+
+
+TAKE = """
+import asyncio, sys
+from pathlib import Path
+from chandlery.digest import Digest
+from chandlery.leases import Leases
+
+async def main():
+    with Leases(Path(sys.argv[1])) as leases:
+        async with leases.lease() as lease:
+            await lease.take(Digest.of(b"blob"))
+            print("taken", flush=True)
+            sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+def test_the_leases_of_a_process_are_seen_by_others_and_swept_when_it_was_killed(
+    tmp_path: Path,
+) -> None:
+    with (
+        Leases(tmp_path) as leases,
+        subprocess.Popen(
+            [sys.executable, "-c", TAKE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"taken\n"
+        asyncio.run(leases.sweep())
+        assert leases.leased() == {BLOB}
+        process.kill()
+        process.wait()
+        asyncio.run(leases.sweep())
+        assert leases.leased() == set()

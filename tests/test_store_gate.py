@@ -1,0 +1,65 @@
+import asyncio
+from pathlib import Path
+
+from chandlery.store_gate import Passage, StoreGate
+
+
+async def collect(gate: StoreGate, said: list[str]) -> None:
+    async with gate.collecting():
+        said.append("collecting")
+        await asyncio.sleep(0.05)
+        said.append("collected")
+
+
+async def begin(gate: StoreGate, said: list[str]) -> None:
+    async with gate.beginning():
+        said.append("begun")
+
+
+async def wait_a_moment() -> None:
+    await asyncio.sleep(0.05)
+
+
+async def test_builds_begin_together(tmp_path: Path) -> None:
+    gate = StoreGate(tmp_path, 1000)
+    async with asyncio.timeout(5), gate.beginning(), gate.beginning(), StoreGate(tmp_path, 1000).beginning():
+        pass
+
+
+async def test_a_collector_waits_until_builds_have_begun_and_keeps_others_from_it(tmp_path: Path) -> None:
+    said: list[str] = []
+    ours, others = StoreGate(tmp_path, 1000), StoreGate(tmp_path, 1000)  # as of two processes
+    async with ours.beginning():
+        collector = asyncio.create_task(collect(others, said))
+        await wait_a_moment()
+        builds = [asyncio.create_task(begin(gate, said)) for gate in (ours, others)]
+        await wait_a_moment()
+        assert said == []
+    await asyncio.gather(collector, *builds)
+    assert said == ["collecting", "collected", "begun", "begun"]
+
+
+async def test_a_build_that_goes_on_for_long_has_begun_after_a_while(tmp_path: Path) -> None:
+    gate, said = StoreGate(tmp_path, 0.05), list[str]()
+    async with asyncio.timeout(5), gate.beginning() as passage:
+        passage.realising()
+        passage.realising()
+        await collect(gate, said)
+    assert said == ["collecting", "collected"]
+
+
+async def test_a_build_that_fails_or_is_cancelled_leaves_the_gate_free(tmp_path: Path) -> None:
+    gate, passages = StoreGate(tmp_path, 1000), list[Passage]()
+
+    async def build() -> None:
+        async with gate.beginning() as passage:
+            passage.realising()
+            passages.append(passage)
+            await asyncio.sleep(1000)
+
+    task = asyncio.create_task(build())
+    await wait_a_moment()
+    assert passages
+    task.cancel()
+    async with asyncio.timeout(5):
+        await collect(gate, [])
