@@ -27,7 +27,7 @@ LAYERS = (
     "unfinished_builds",
     "image_origin leases root_layer",
     "nix store_gate layer_archive root_filesystem store_reader blob_store data_folder",
-    "layer_plan package_source debian_index debian_lock alternatives compression",
+    "nix_output layer_plan package_source debian_index debian_lock alternatives compression",
     "access_rules authorization",
     "closure image_name negotiation",
     "oci byte_range logs metrics",

@@ -22,7 +22,8 @@ from chandlery.errors import (
     RevisionGoneError,
     StorageFullError,
 )
-from chandlery.nix import DerivationMissingError, Nix, NixLimits, Resolution, _build_error
+from chandlery.nix import Nix, NixLimits, Resolution
+from chandlery.nix_output import DerivationMissingError, build_error
 from chandlery.package_source import PinnedSource
 from nix_package_set import SYSTEM, packages, requires_nix, resolve, source_of
 from ordinary_user import ordinary_folder, run_as_ordinary_user
@@ -458,7 +459,7 @@ async def test_a_derivation_that_was_collected_is_missing_not_broken(
 def test_what_a_collector_took_under_a_build_is_no_failure_of_the_build(said: str) -> None:
     """Nix 2.8 says these when a collection and a build meet, which no test can bring about at will."""
     derivation = "/nix/store/y6iszvl1xkxwcqr5xi0141a8b19b6a9z-git.drv"
-    assert isinstance(_build_error(f"building...\n{said}\n", [derivation]), DerivationMissingError)
+    assert isinstance(build_error(f"building...\n{said}\n", [derivation]), DerivationMissingError)
 
 
 async def test_a_failed_build_names_the_package_the_reason_and_its_last_words(
@@ -768,6 +769,19 @@ async def test_without_nix_the_error_says_what_to_do(nix: Nix, monkeypatch: pyte
 
     with pytest.raises(NixMissingError, match="apt-get install nix-bin"):
         await nix.check()
+
+
+async def test_where_nix_can_not_build_that_is_said_at_the_start_with_what_to_do(
+    nix: Nix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nix.check_build()
+    refusing = tmp_path / "nix-build"
+    refusing.write_text("#!/bin/sh\necho 'error: user namespaces are not enabled' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    with pytest.raises(NixError, match=r"user namespaces are not enabled.*max_user_namespaces"):
+        await nix.check_build()
 
 
 async def test_a_check_gives_the_version_and_makes_the_store(tmp_path: Path) -> None:

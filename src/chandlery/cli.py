@@ -307,6 +307,7 @@ def _load(settings: Settings, server: int) -> Starlette:
 async def _check(settings: Settings) -> None:
     async with open_parts(settings) as parts:
         access_control(settings)
+        await parts.nix.check_build()
         await parts.source.pin(LATEST, Platform.of_host())
 
 

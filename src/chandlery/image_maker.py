@@ -33,7 +33,8 @@ from chandlery.layer_archive import layer_key, pack_store_paths
 from chandlery.layer_plan import STRATEGIES, LayerGroup
 from chandlery.leases import Lease
 from chandlery.metrics import Metrics
-from chandlery.nix import DerivationMissingError, Nix, Resolution
+from chandlery.nix import Nix, Resolution
+from chandlery.nix_output import DerivationMissingError
 from chandlery.oci import (
     MANIFEST_MEDIA_TYPE,
     OCI_CONFIG,

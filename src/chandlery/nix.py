@@ -8,7 +8,6 @@ that says much on one of them never waits for somebody to read the other.
 import asyncio
 import grp
 import os
-import re
 import shutil
 import signal
 from collections import deque
@@ -24,12 +23,20 @@ import structlog
 from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.data_folder import storage_errors
 from chandlery.errors import (
-    BuildError,
     BuildTimeoutError,
-    DownloadError,
     NixError,
     NixMissingError,
     StorageFullError,
+)
+from chandlery.nix_output import (
+    LOG_TAIL,
+    DerivationMissingError,
+    build_error,
+    last_error,
+    log_tail,
+    package_name,
+    says_derivation_missing,
+    says_disk_full,
 )
 from chandlery.package_source import PinnedSource
 from chandlery.store_gate import Passage, StoreGate
@@ -40,8 +47,6 @@ EXPRESSIONS = Path(__file__).parent / "nix"
 
 # What a derivation of the embedded set finds of this machine in its sandbox: the programs that unpack a .deb.
 _SANDBOX_PATHS = ("/bin", "/usr", "/lib", "/lib64", "/var/lib/dpkg")
-# Lines of Nix's output that an error repeats.
-_LOG_TAIL = 20
 # Seconds that Nix has to stop its builders before it is killed: Nix 2.8 overlooks a signal that comes while
 # it starts a builder, and no second one helps.
 _STOP_TIMEOUT = 3.0
@@ -50,25 +55,6 @@ _STOP_TIMEOUT = 3.0
 _LEAST_SPACE = 1 << 20
 
 T = TypeVar("T")
-
-_BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
-# A line that ends with "retrying" is not the last word.
-_DOWNLOAD_FAILED = re.compile(
-    r"^error: (unable to download (?!.* retrying in).*|hash mismatch in fixed-output derivation .*)",
-    re.MULTILINE,
-)
-_MISSING_DERIVATION = re.compile(
-    r"path '[^']+\.drv' (?:is not valid|does not exist)|derivation '[^']+' .*not valid"
-    r"|cannot build missing derivation|don't know how to build these paths"
-    r"|(?:getting status of|opening file) '[^']+\.drv'"
-    # Nix 2.8 may find a path that a build needs, and lose it to the collector before it protects it.
-    r"|error: path '/nix/store/[^']+' is not valid"
-)
-_TRACE_HINT = " (use '--show-trace' to show detailed location information)"
-_NIX_LINE = re.compile(
-    r"(this|these) .*(will be (built|fetched)|derivations?)|  /nix/store/|building '|error: |warning: "
-)
-_DISK_FULL = re.compile("No space left on device|disk is full", re.IGNORECASE)
 
 
 class Resolution(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,10 +79,6 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
     def store_path(self) -> StorePath:
         """The output that was asked for."""
         return StorePath.parse(self.outputs[self.output])
-
-
-class DerivationMissingError(NixError):
-    """What was resolved earlier, or what it needs, was removed from the store since; resolve it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +111,22 @@ class Nix:
         # Makes the store's folders and its database.
         await self._run("nix-store", "--verify-path", timeout=60.0)
         return version
+
+    async def check_build(self) -> None:
+        """Make sure that this machine lets Nix build; `NixError` says what to do.
+
+        It asks for user namespaces, which containers and hardened kernels may refuse.
+        """
+        built = await self._run(
+            "nix-build", "--no-out-link", str(EXPRESSIONS / "check.nix"), timeout=60.0, check=False
+        )
+        if built.code != 0 and says_disk_full(built.stderr):
+            raise StorageFullError(str(self.store_root))
+        if built.code != 0:
+            raise NixError(
+                f"Nix can't build here: {last_error(built.stderr)}: let it make user namespaces "
+                "(sysctl user.max_user_namespaces above 0; of containers, a privileged one)"
+            )
 
     async def resolve(
         self, source: PinnedSource, system: str, attribute_paths: Sequence[str]
@@ -180,11 +178,11 @@ class Nix:
                     *command, timeout=self._limits.build_timeout, on_line=write, check=False
                 )
             except _StoppedError as error:
-                what = ", ".join(_package_name(path) for path in derivations)
-                tail = _log_tail(build_log.read_text(errors="replace"))
+                what = ", ".join(package_name(path) for path in derivations)
+                tail = log_tail(build_log.read_text(errors="replace"))
                 raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
         if result.code != 0:
-            raise _build_error(result.stderr, derivations)
+            raise build_error(result.stderr, derivations)
 
     async def closure(self, roots: Iterable[StorePath]) -> Closure:
         """Give the closure of store paths that are there."""
@@ -295,7 +293,7 @@ class Nix:
         except _StoppedError as error:
             raise _EvaluationFailedError(str(error)) from error
         if result.code != 0:
-            raise _EvaluationFailedError(_last_error(result.stderr))
+            raise _EvaluationFailedError(last_error(result.stderr))
         return msgspec.json.decode(result.stdout, type=answer)
 
     async def _run(
@@ -338,13 +336,13 @@ class Nix:
         if code != 0 and self._is_full(stderr):
             raise StorageFullError(str(self.store_root))
         if check and code != 0:
-            kind = DerivationMissingError if _MISSING_DERIVATION.search(stderr) else NixError
-            raise kind(f"{program}: {_last_error(stderr)}")
+            kind = DerivationMissingError if says_derivation_missing(stderr) else NixError
+            raise kind(f"{program}: {last_error(stderr)}")
         return _Result(code, output.result().decode(), stderr)
 
     def _is_full(self, stderr: str) -> bool:
         """Tell whether it is the disk that a program failed for."""
-        if _DISK_FULL.search(stderr):
+        if says_disk_full(stderr):
             return True
         # What SQLite says of a full disk isn't always that.
         disk = self._folder or Path("/nix")
@@ -367,7 +365,7 @@ class Nix:
             "connect-timeout": "15",
             "stalled-download-timeout": "60",
             "download-attempts": "3",
-            "log-lines": str(_LOG_TAIL),
+            "log-lines": str(LOG_TAIL),
         }
         if self._folder is not None:
             settings |= {"store": str(self._folder), "build-users-group": "", "substituters": ""}
@@ -444,42 +442,3 @@ def _descendants(process: int) -> list[int]:
         with suppress(FileNotFoundError, ProcessLookupError):
             children += map(int, listed.read_text().split())
     return [*children, *(each for child in children for each in _descendants(child))]
-
-
-def _build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildError:
-    """Read from Nix's output what failed and why."""
-    if _MISSING_DERIVATION.search(stderr):
-        return DerivationMissingError(_last_error(stderr))
-    tail = _log_tail(stderr)
-    refused = _DOWNLOAD_FAILED.search(stderr)
-    if refused is not None:
-        return DownloadError(", ".join(map(_package_name, derivations)), refused[1], tail)
-    failed = _BUILDER_FAILED.search(stderr)
-    if failed is not None:
-        return BuildError(_package_name(failed[1]), f"its builder {failed[2]}", tail)
-    return BuildError(", ".join(map(_package_name, derivations)), _last_error(stderr), tail)
-
-
-def _log_tail(output: str) -> list[str]:
-    """Give the last lines that builders wrote, without what Nix says around them."""
-    lines = (line for line in output.splitlines() if line.strip() and not _NIX_LINE.match(line))
-    return list(deque(lines, maxlen=_LOG_TAIL))
-
-
-def _package_name(derivation: str) -> str:
-    """`/nix/store/<hash>-git-2.39.5.drv!out` -> `git-2.39.5`."""
-    return derivation.rpartition("/")[2].partition("!")[0][33:].removesuffix(".drv")
-
-
-def _last_error(stderr: str) -> str:
-    """Give the reason in Nix's output, without the places in the expressions that led there."""
-    after = stderr.rpartition("error: ")[2] if "error: " in stderr else stderr
-    kept: list[str] = []
-    for line in after.splitlines():
-        if re.match(r"\s*(at|…|… ) ?", line) and (" at " in f" {line.strip()} " or "…" in line):
-            break
-        if line.strip():
-            kept.append(line.strip())
-        elif kept:
-            break
-    return " ".join(kept).replace(_TRACE_HINT, "") or "no reason given"
