@@ -45,4 +45,5 @@ requirements: ## pin the newest versions of what pyproject.toml asks for
 		--output-file requirements/develop.txt pyproject.toml
 
 clean: ## remove .venv and .data
+	@[ ! -d .data ] || chmod -R u+w .data
 	@rm -rf .venv .data

@@ -173,7 +173,7 @@ async def test_bad_packages_do_not_keep_good_ones_from_being_found(nix: Nix, res
         ("twice.Same", "hello-2.12"),
         ("twice.SAME2", "hello-2.12"),
         ("twice.same", None),  # below the first part, only one that is alike will do
-        ("dotted.name", None),
+        ("dotted.name", "hello-2.12"),
     ],
 )
 async def test_an_exact_name_wins_and_else_case_does_not_matter(

@@ -7,7 +7,7 @@ import pytest
 from chandlery.build_index import BuildIndex
 from chandlery.errors import EvaluationError, PackagesNotFoundError
 from chandlery.nix import Nix, NixLimits, Resolution
-from chandlery.package_resolver import PackageResolver
+from chandlery.package_resolver import PackageResolver, nearest
 from chandlery.package_source import PinnedSource
 from nix_package_set import SYSTEM, packages, requires_nix
 
@@ -145,6 +145,11 @@ async def test_the_nearest_names_come_first_and_are_few(resolver: PackageResolve
 
     assert caught.value.suggestions["gitea0"][0] == "gitea"
     assert len(caught.value.suggestions["gitea0"]) == 3
+
+
+def test_swapped_letters_are_one_mistake() -> None:
+    assert nearest("hotp", ["hop", "htop", "otp", "hotspot"])[0] == "htop"
+    assert nearest("gti", ["bti", "git", "gitit", "gtick"])[0] == "git"
 
 
 async def test_names_of_a_nested_set_are_suggested_with_their_whole_path(

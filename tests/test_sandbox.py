@@ -187,13 +187,19 @@ def test_hostile_entries_are_refused(hostile: list[Entry], apply: Callable[..., 
     assert list(root.parent.iterdir()) == [root]
 
 
+def changes(path: Path) -> tuple[int, ...]:
+    """Give what would tell that somebody wrote; whoever only reads changes the access time."""
+    status = path.stat()
+    return (status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 @pytest.mark.parametrize("way", ["{outside}", "../outside", "a/../../../outside"])
 def test_nothing_is_written_outside_the_root(way: str, apply: Callable[..., None], root: Path) -> None:
     outside = root.parent / "outside"
     outside.mkdir(parents=True)
     secret = outside / "secret"
     secret.write_text("untouched")
-    before = outside.stat(), secret.stat()
+    before = changes(outside), changes(secret)
     target = way.format(outside=outside)
     attempts = [
         [link("way", target), file("way/new", b"hostile")],
@@ -205,7 +211,7 @@ def test_nothing_is_written_outside_the_root(way: str, apply: Callable[..., None
     apply(*attempts)
     assert [path.name for path in outside.iterdir()] == ["secret"]
     assert secret.read_text() == "untouched"
-    assert (outside.stat(), secret.stat()) == before
+    assert (changes(outside), changes(secret)) == before
 
 
 def test_the_mode_of_a_folder_is_not_set_through_a_link_that_took_its_parents_place(

@@ -208,6 +208,9 @@ def demo(source: Source = None) -> None:
 
     What it starts it stops, and what it makes it removes.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # As Ctrl-C: what was started is stopped on the way out.
+        signal.signal(number, signal.default_int_handler)
     chandlery.demo.run(source)
 
 

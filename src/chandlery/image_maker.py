@@ -61,10 +61,11 @@ MOST_STORE_PATH_LAYERS = 94
 _ATTEMPTS = 4
 
 _ENVIRONMENT = {
-    "LANG": "C.UTF-8",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games",
     "SSL_CERT_FILE": "/etc/ssl/certs/ca-bundle.crt",
 }
+# Only a shell brings the locale along: without it, programs complain of a LANG that isn't there.
+_SHELL_ENVIRONMENT = {"LANG": "C.UTF-8"}
 _SHELL_COMMAND = "/bin/bash"
 
 
@@ -250,7 +251,8 @@ class ImageMaker:
         """Put the config and both manifests into the blob store."""
         request = job.origin.request
         command = _SHELL_COMMAND if request.shell else root.main_program
-        container = ContainerConfig((command,) if command else (), _ENVIRONMENT)
+        environment = _ENVIRONMENT | (_SHELL_ENVIRONMENT if request.shell else {})
+        container = ContainerConfig((command,) if command else (), environment)
         config = image_config(request.platform, layers, container)
         descriptors = [layer.descriptor for layer, _ in layers]
         contents = {each: image_manifest(each, config, descriptors, {}) for each in ManifestFormat}

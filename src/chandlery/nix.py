@@ -23,6 +23,7 @@ import structlog
 from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.data_folder import storage_errors
 from chandlery.errors import (
+    BuildError,
     BuildTimeoutError,
     NixError,
     NixMissingError,
@@ -181,6 +182,10 @@ class Nix:
                 what = ", ".join(package_name(path) for path in derivations)
                 tail = log_tail(build_log.read_text(errors="replace"))
                 raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
+        if result.code < 0:
+            what = ", ".join(map(package_name, derivations))
+            reason = f"Nix was killed by signal {-result.code}: is there too little memory?"
+            raise BuildError(what, reason, log_tail(result.stderr))
         if result.code != 0:
             raise build_error(result.stderr, derivations)
 

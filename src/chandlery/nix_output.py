@@ -8,6 +8,8 @@ from chandlery.errors import BuildError, DownloadError, NixError
 
 # Lines of builders' output that an error repeats.
 LOG_TAIL = 20
+# Words of an output that has no error in it.
+_LAST_WORDS = 30
 
 _BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
 # A line that ends with "retrying" is not the last word.
@@ -60,7 +62,9 @@ def package_name(derivation: str) -> str:
 
 def last_error(stderr: str) -> str:
     """Give the reason in Nix's output, without the places in the expressions that led there."""
-    after = stderr.rpartition("error: ")[2] if "error: " in stderr else stderr
+    if "error: " not in stderr:
+        return " ".join(stderr.split()[-_LAST_WORDS:]) or "no reason given"
+    after = stderr.rpartition("error: ")[2]
     kept: list[str] = []
     for line in after.splitlines():
         if re.match(r"\s*(at|…|… ) ?", line) and (" at " in f" {line.strip()} " or "…" in line):

@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 import msgspec
-from rapidfuzz import fuzz, process
+from rapidfuzz import process
+from rapidfuzz.distance import OSA
 
 from chandlery.build_index import BuildIndex
 from chandlery.digest import Digest
@@ -18,7 +19,25 @@ from chandlery.nix import Nix, Resolution
 from chandlery.package_source import PinnedSource
 
 _SUGGESTIONS = 3
-_SIMILAR_ENOUGH = 60.0  # of 100, as rapidfuzz.fuzz.ratio counts
+_CANDIDATES = 50
+# Of 1: as many letters as the longer name has, less the mistakes between them, over that number.
+_SIMILAR_ENOUGH = 0.5
+_SIMILAR_WITH_DOTS = 0.75
+
+
+def nearest(name: str, names: Sequence[str], similar_enough: float = _SIMILAR_ENOUGH) -> list[str]:
+    """Give the names that are spelled most alike; two swapped letters are one mistake.
+
+    Of those that are equally near, one with the same letters comes first, then one with the same beginning.
+    """
+    found = process.extract(
+        name, names, scorer=OSA.normalized_similarity, limit=_CANDIDATES, score_cutoff=similar_enough
+    )
+    letters = sorted(name)
+    ranked = sorted(
+        (-score, sorted(other) != letters, other[:1] != name[:1], other) for other, score, _ in found
+    )
+    return [other for *_, other in ranked[:_SUGGESTIONS]]
 
 
 class PackageResolver:
@@ -64,14 +83,12 @@ class PackageResolver:
         suggestions = {}
         for path in missing:
             *parent, last = path.split(".")
-            nearest = process.extract(
-                last,
-                await self._names_below(pin, system, parent),
-                scorer=fuzz.ratio,
-                limit=_SUGGESTIONS,
-                score_cutoff=_SIMILAR_ENOUGH,
-            )
-            suggestions[path] = [".".join([*parent, name]) for name, _, _ in nearest]
+            names = await self._names_below(pin, system, parent)
+            found = [".".join([*parent, name]) for name in nearest(last, names)]
+            if parent and not found:
+                # The dots may be part of a name, as in Debian's python3.11.
+                found = nearest(path, await self._names_below(pin, system, []), _SIMILAR_WITH_DOTS)
+            suggestions[path] = found
         return suggestions
 
     async def _names_below(self, pin: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:

@@ -113,6 +113,18 @@ def main_program(
     return next(iter(programs.values())) if len(programs) == 1 else None
 
 
+def program_named(reader: Reader, store_paths: Iterable[StorePath], name: str) -> str | None:
+    """Give the path, in the image, of a program with this name; only the root layout puts it into PATH."""
+    found = (
+        path
+        for store_path in store_paths
+        if reader.layout(store_path) is Layout.ROOT
+        for path in _programs(reader, store_path)
+        if path.rpartition("/")[2] == name
+    )
+    return next(found, None)
+
+
 def _programs(reader: Reader, store_path: StorePath) -> Iterator[str]:
     """Give the paths that a store path's programs have in an image; nixpkgs hides wrapped ones with a dot."""
     for folder in _PROGRAM_FOLDERS[reader.layout(store_path)]:

@@ -12,7 +12,7 @@ from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.layer_archive import pack
 from chandlery.oci import PackedLayer
-from chandlery.root_filesystem import main_program, root_filesystem
+from chandlery.root_filesystem import main_program, program_named, root_filesystem
 from chandlery.store_reader import StoreReader
 
 # Counts up when the same packages give another root filesystem.
@@ -62,8 +62,19 @@ def pack_root_layer(
     """Pack the root filesystem of a closure; raises what `root_filesystem` and `pack` raise."""
     reader = StoreReader(store_root)
     entries = root_filesystem(closure, roots, reader, uid=owner[0], gid=owner[1])
-    program = main_program(reader, [main.store_path], main.main_program, main.name) if main else None
+    program = _main_program(reader, closure, main) if main else None
     return RootLayer(pack(entries, COMPRESSIONS[compression], destination), program)
+
+
+def _main_program(reader: StoreReader, closure: Closure, main: MainPackage) -> str | None:
+    """Find a package's program: its own, or one of its name among what it needs.
+
+    Debian's python3 is a link in python3-minimal, and its perl is perl-base's.
+    """
+    everything = [node.path for node in closure.nodes]
+    return main_program(reader, [main.store_path], main.main_program, main.name) or program_named(
+        reader, everything, main.name
+    )
 
 
 def pack_changed_root_layer(

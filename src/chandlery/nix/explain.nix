@@ -3,8 +3,8 @@
 { request }:
 let
   inherit (builtins.fromJSON request) source system attributePaths;
-  inherit (import ./look_up.nix) partsOf follow;
-  parts = partsOf (builtins.head attributePaths);
-  found = follow parts (import ./package_set.nix { inherit source system; names = [ (builtins.head parts) ]; });
+  inherit (import ./look_up.nix) find namesOf;
+  path = builtins.head attributePaths;
+  found = find path (import ./package_set.nix { inherit source system; names = namesOf path; });
 in
 found.value.drvPath or (throw "it is a ${builtins.typeOf found.value}, not a package")

@@ -6,10 +6,10 @@
 { request }:
 let
   inherit (builtins.fromJSON request) source system attributePaths;
-  inherit (import ./look_up.nix) partsOf follow;
+  inherit (import ./look_up.nix) find namesOf;
   packages = import ./package_set.nix {
     inherit source system;
-    names = map (path: builtins.head (partsOf path)) attributePaths;
+    names = builtins.concatMap namesOf attributePaths;
   };
 
   attempt = value: builtins.tryEval value;
@@ -39,7 +39,7 @@ let
 
   resolve = path:
     let
-      found = attempt (follow (partsOf path) packages);
+      found = attempt (find path packages);
       isPackage = attempt (isDerivation found.value.value);
       described = describe found.value.value;
       checked = attempt (builtins.deepSeq described described);
