@@ -146,5 +146,16 @@ def test_traces_are_made_where_a_collector_is_named(monkeypatch: pytest.MonkeyPa
     assert not Settings.load().traces
 
 
+def test_a_mistyped_variable_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHANDLERY_DISK_LIMITS", "1")
+    monkeypatch.setenv("CHANDLERY_DISK_LIMIT", "1")
+    assert Settings.unknown_variables() == ["CHANDLERY_DISK_LIMITS"]
+
+
+def test_the_readme_tells_of_every_setting() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert [name for name in Settings.model_fields if f"`{name}`" not in readme] == []
+
+
 def test_every_setting_says_what_it_is() -> None:
     assert all(field.description for field in Settings.model_fields.values())

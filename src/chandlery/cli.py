@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import msgspec
+import structlog
 import typer
 from granian import Granian
 from granian.constants import Interfaces
@@ -38,6 +39,8 @@ from chandlery.settings import Settings
 from chandlery.tls import OLDEST_PROTOCOL
 
 _PR_SET_PDEATHSIG = 1
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 app = typer.Typer(
     name="chandlery",
@@ -113,6 +116,8 @@ def serve(
         host=host, port=port, data_dir=data_dir, source=source, max_layers=max_layers, compression=compression
     )
     logs.configure(settings.log_format)
+    for variable in Settings.unknown_variables():
+        log.warning("an environment variable is no setting", variable=variable)
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     asyncio.run(_check(settings))

@@ -166,6 +166,15 @@ class Settings(BaseSettings):
         return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file))
 
     @classmethod
+    def unknown_variables(cls) -> list[str]:
+        """Give the environment variables that look like settings and are none, such as mistyped ones.
+
+        They are no error: Kubernetes sets `CHANDLERY_SERVICE_HOST` beside a service of that name.
+        """
+        known = {f"CHANDLERY_{name}".upper() for name in cls.model_fields} | {_FILE_VARIABLE}
+        return sorted(name for name in os.environ if name.startswith("CHANDLERY_") and name not in known)
+
+    @classmethod
     def load(cls, **options: Any) -> Self:
         """Read all settings; `options` that are None were not given. `SettingsError` names what is wrong."""
         file = os.environ.get(_FILE_VARIABLE)
