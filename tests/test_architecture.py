@@ -82,6 +82,12 @@ def attributes(tree: ast.Module) -> set[str]:
 
 
 @each_module
+def test_a_module_is_on_the_map(module: str) -> None:
+    text = (FOLDER.parent.parent / "docs" / "architecture.md").read_text()
+    assert f"`{module}`" in text or module == "__main__"
+
+
+@each_module
 def test_a_module_has_its_place(module: str) -> None:
     assert module in ROW, f"add {module} to LAYERS"
 

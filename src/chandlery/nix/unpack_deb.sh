@@ -13,7 +13,7 @@ echo root > "$support/image-layout"
 # Nix finds references by looking for their hashes in an output; this is where it finds these.
 printf '%s\n' $needed > "$support/references"
 
-# /usr is merged (https://wiki.debian.org/UsrMerge): what a .deb has in /bin belongs in /usr/bin.
+# /usr is merged, as Debian has it since bookworm: what a .deb has in /bin belongs in /usr/bin.
 merge_usr='flags=rh;s,^\./\(bin\|sbin\|lib\|lib32\|lib64\|libx32\|libo32\)\(/.*\)\?$,./usr/\1\2,'
 
 for deb in $debs; do
