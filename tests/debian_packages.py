@@ -215,6 +215,7 @@ PACKAGES = (
         },
     ),
     Deb("ncurses-base", "6.4", files={"lib/terminfo/x/xterm": Member(b"xterm")}),
+    Deb("libc-bin", "2.36", "any", files={"usr/lib/locale/C.utf8/LC_CTYPE": Member(b"letters")}),
     Deb("ncurses-bin", "6.4", "any", files={"usr/bin/tput": program()}),
     Deb("netbase", "6.4", files={"etc/services": Member(b"http 80/tcp\n")}),
     Deb("broken", "1", fields={"Depends": "not-in-the-suite"}),

@@ -22,7 +22,7 @@ PACKAGES_OF_AMD64 = "main/binary-amd64/Packages.xz"
 @pytest.fixture
 def repository(tmp_path: Path) -> Iterator[DebianRepository]:
     with debian_repository(tmp_path) as repository:
-        repository.publish(Deb("bash"), Deb("git", fields={"Depends": "bash"}))
+        repository.publish(Deb("bash"), Deb("libc-bin"), Deb("git", fields={"Depends": "bash"}))
         yield repository
 
 

@@ -166,8 +166,7 @@ class TestThePackageSet:
 
     async def test_the_names_of_nixpkgs_lead_to_what_debian_calls_otherwise(self, machine: Machine) -> None:
         for alias, name in {
-            "bashInteractive": "bash",
-            "bashinteractive": "bash",
+            "gitminimal": "git",
             "cacert": "ca-certificates",
             "iana-etc": "netbase",
             "gitMinimal": "git",
@@ -183,6 +182,14 @@ class TestThePackageSet:
             "ncurses-bin-6.4",
         ]
         assert machine.entries(closure.roots[0]) == {}
+
+    async def test_an_interactive_bash_brings_its_locale(self, machine: Machine) -> None:
+        for alias in ("bashInteractive", "bashinteractive"):
+            closure = await machine.closure(alias)
+
+            names = {node.path.name.rpartition("-")[0] for node in closure.nodes}
+            assert "libc-bin" in names
+            assert any(node.path.name.startswith("bash-") for node in closure.nodes)
 
     async def test_alternatives_are_recorded(self, machine: Machine) -> None:
         mawk, vim, bash = [await machine.build(name) for name in ("mawk", "vim-tiny", "bash")]
