@@ -186,19 +186,28 @@ async def test_a_build_that_nobody_waits_for_goes_on_during_the_grace_time() -> 
 
 
 async def test_who_joins_a_build_while_it_is_given_up_gets_a_new_one() -> None:
-    gate = Gate()
+    first, again = Gate(), Gate()
+    again.open.set()
+    given_up, stopped = asyncio.Event(), asyncio.Event()
+
+    async def slow_to_stop(build: Build) -> BuiltImage:
+        try:
+            return await first(build)
+        except asyncio.CancelledError:
+            given_up.set()
+            await stopped.wait()
+            raise
+
     async with BuildQueue(QueueLimits(grace=0), LOGS) as queue:
-        leaver = ask(queue, "git", gate)
-        await until(lambda: bool(gate.begun))
+        leaver = ask(queue, "git", slow_to_stop)
+        await until(lambda: bool(first.begun))
         leaver.cancel()
-        await asyncio.gather(leaver, return_exceptions=True)
-        joiner: asyncio.Task[BuiltImage] | None = None
-        loop = asyncio.get_running_loop()
-        # In the step of the loop in which the timer has fired and the task hasn't ended yet.
-        loop.call_later(0, lambda: None)
-        joiner = ask(queue, "git", gate)
-        gate.open.set()
+        await given_up.wait()
+        joiner = ask(queue, "git", again)
+        await until(lambda: queue.builds()[0].waiters == 1)
+        stopped.set()
         assert await joiner == IMAGE
+    assert (first.begun, again.begun) == (["git"], ["git"])
 
 
 async def test_a_failure_is_told_to_all_and_to_who_asks_a_moment_later_without_a_new_build() -> None:

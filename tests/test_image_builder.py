@@ -121,6 +121,13 @@ async def test_programs_find_programs_and_certificates(used: Workshop) -> None:
     assert environment["SSL_CERT_FILE"] == "/etc/ssl/certs/ca-bundle.crt"
 
 
+async def test_only_a_shell_which_brings_the_locale_sets_it(used: Workshop) -> None:
+    environments = [
+        used.config(await used.image(*parts))["config"]["Env"] for parts in (("shell", "hello"), ("hello",))
+    ]
+    assert ["LANG=C.UTF-8" in environment for environment in environments] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [

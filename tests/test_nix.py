@@ -541,6 +541,22 @@ async def test_a_build_that_nobody_waits_for_any_more_is_stopped(build: Build, t
         assert running(marker) == []
 
 
+async def test_a_nix_that_was_killed_is_told_from_a_build_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "nix-store"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho compiling >&2\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    build = Build(Nix(tmp_path, NixLimits()), tmp_path / "roots", tmp_path / "log")
+
+    with pytest.raises(BuildError, match="killed by signal 9") as caught:
+        await build.realise("/nix/store/00000000000000000000000000000000-any.drv")
+
+    assert caught.value.log_tail == ("compiling",)
+
+
 async def test_builders_do_not_outlive_a_nix_that_does_not_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,15 @@ async def test_the_nearest_names_come_first_and_are_few(resolver: PackageResolve
     assert len(caught.value.suggestions["gitea0"]) == 3
 
 
+async def test_below_a_package_its_outputs_are_suggested_and_nothing_of_nix_own(
+    resolver: PackageResolver, pin: PinnedSource
+) -> None:
+    with pytest.raises(PackagesNotFoundError) as caught:
+        await resolver.resolve(pin, SYSTEM, ["git.outt", "git.drvpat"])
+
+    assert caught.value.suggestions == {"git.outt": ["git.out"], "git.drvpat": []}
+
+
 def test_swapped_letters_are_one_mistake() -> None:
     assert nearest("hotp", ["hop", "htop", "otp", "hotspot"])[0] == "htop"
     assert nearest("gti", ["bti", "git", "gitit", "gtick"])[0] == "git"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from chandlery.closure import StorePath
 from chandlery.layer_archive import archive
-from chandlery.root_filesystem import main_program, root_filesystem
+from chandlery.root_filesystem import main_program, program_named, root_filesystem
 from chandlery.store_reader import Entry, EntryKind, StoreReader
 from physical_store import Executable, Link, PhysicalStore, Tree, closure_of
 
@@ -390,6 +390,17 @@ def test_the_root_layout_has_its_programs_below_usr(store: PhysicalStore) -> Non
     assert main_program(reader, [sl], None, "sl") == "/usr/games/sl"
     assert main_program(reader, [cron], None, "cron") == "/usr/sbin/cron"
     assert main_program(reader, [cron, sl], "sl", "cron") == "/usr/games/sl"
+
+
+def test_a_program_of_a_name_is_found_in_what_stands_at_the_root_alone(store: PhysicalStore) -> None:
+    reader = StoreReader(store.store_root)
+    python3 = store.add_root_layout("python3", {"usr/bin/pydoc3": PROGRAM, "usr/bin/pdb3": PROGRAM})
+    minimal = store.add_root_layout("python3-minimal", {"usr/bin/python3": PROGRAM})
+    elsewhere = store.add("elsewhere", {"bin/python3": PROGRAM})
+
+    assert program_named(reader, [python3, minimal], "python3") == "/usr/bin/python3"
+    # What has the store layout and wasn't asked for is linked from nowhere.
+    assert program_named(reader, [python3, elsewhere], "python3") is None
 
 
 def test_a_folder_of_programs_may_be_a_link(store: PhysicalStore) -> None:

@@ -36,7 +36,7 @@ from chandlery.nix import Nix
 from chandlery.oci import BuiltImage, ManifestFormat, Platform
 from chandlery.root_layer import RootLayerOptions
 from chandlery.settings import Settings
-from chandlery.tls import OLDEST_PROTOCOL
+from chandlery.tls import OLDEST_PROTOCOL, CertificateCopy
 
 _PR_SET_PDEATHSIG = 1
 
@@ -75,8 +75,6 @@ def main() -> None:
         app()
     except ChandleryError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted")
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,11 +118,10 @@ def serve(
         log.warning("an environment variable is no setting", variable=variable)
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
-    asyncio.run(_check(settings))
     copy = certificate(settings)
-    if copy:
-        copy.update()
-    elif settings.users_file and not (is_loopback(settings.host) or settings.public_url.startswith("https:")):
+    asyncio.run(_check(settings, copy))
+    encrypted = copy or is_loopback(settings.host) or settings.public_url.startswith("https:")
+    if settings.users_file and not encrypted:
         typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
     scheme, pem = ("https", copy.file) if copy else ("http", None)
     shown = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else settings.host  # noqa: S104
@@ -312,9 +309,12 @@ def _load(settings: Settings, server: int) -> Starlette:
     return create_app(settings)
 
 
-async def _check(settings: Settings) -> None:
+async def _check(settings: Settings, copy: CertificateCopy | None) -> None:
+    """Try all that can be tried before the first request; what takes longest comes last."""
     async with open_parts(settings) as parts:
         access_control(settings)
+        if copy:
+            await asyncio.to_thread(copy.update)
         await parts.nix.check_build()
         await parts.source.pin(LATEST, Platform.of_host())
 
