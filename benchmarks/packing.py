@@ -12,7 +12,7 @@ from rich.table import Table
 
 from chandlery.app import Parts, open_parts
 from chandlery.closure import Closure
-from chandlery.image_name import LATEST, of_parts
+from chandlery.image_name import LATEST, Vocabulary, of_parts
 from chandlery.layer_archive import pack_store_paths
 from chandlery.layer_plan import STRATEGIES, LayerGroup
 from chandlery.oci import Platform
@@ -51,8 +51,8 @@ async def table(data_dir: Path) -> Table:
 
 
 async def _realised(parts: Parts, package: str, data_dir: Path) -> Closure:
-    request = of_parts([package], LATEST, Platform.of_host())
-    pin = await parts.source.pin(LATEST, request.platform)
+    request = of_parts([package], LATEST, Vocabulary(Platform.of_host()))
+    pin = await parts.sources.of("").pin(LATEST, request.platform)
     resolver = PackageResolver(parts.nix, parts.index)
     found = await resolver.resolve(pin, request.platform.nix_system, request.all_packages)
     derivations = [each.derivation for each in found.values()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from chandlery.app import image_builder, open_parts
-from chandlery.image_name import LATEST, of_parts
+from chandlery.image_name import LATEST, Vocabulary, of_parts
 from chandlery.oci import Platform
 from chandlery.settings import Settings
 
@@ -23,9 +23,9 @@ async def table(data_dir: Path) -> Table:
     result = Table("time to the image", "name", "Chandlery", "store paths", "layers")
     settings = Settings.load(data_dir=data_dir)
     async with open_parts(settings) as parts, image_builder(settings, parts) as builder:
-        await parts.source.pin(LATEST, Platform.of_host())
+        await parts.sources.of("").pin(LATEST, Platform.of_host())
         for title, packages in _STEPS:
-            request = of_parts(packages, LATEST, Platform.of_host())
+            request = of_parts(packages, LATEST, Vocabulary(Platform.of_host()))
             began = time.perf_counter()
             image = await builder.image(request)
             seconds = time.perf_counter() - began

@@ -1,8 +1,9 @@
 """What every blob store keeps; a store's tests subclass this and give a `store` fixture."""
 
+import httpx
 import pytest
 
-from chandlery.blob_store import BlobInfo, BlobStore
+from chandlery.blob_store import BlobInfo, BlobStore, content_of, local_files
 from chandlery.byte_range import ByteRange
 from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError
@@ -38,6 +39,24 @@ class BlobStoreContract:
     async def test_the_path_if_any_is_a_file_with_the_blob(self, store: BlobStore) -> None:
         path = store.path(await put(store, CONTENT))
         assert path is None or path.read_bytes() == CONTENT
+
+    async def test_the_url_if_any_has_the_blob_and_its_ranges(self, store: BlobStore) -> None:
+        digest = await put(store, CONTENT)
+        if url := await store.url(digest, 60.0):
+            async with httpx.AsyncClient() as client:
+                assert (await client.get(url)).content == CONTENT
+                part = await client.get(url, headers={"range": "bytes=10-1099999"})
+            assert (part.status_code, part.content) == (206, CONTENT[10:1_100_000])
+
+    async def test_a_store_that_works_passes_its_check(self, store: BlobStore) -> None:
+        await store.check()
+        assert await store.inventory() == {}
+
+    async def test_every_blob_has_a_file_for_a_while(self, store: BlobStore) -> None:
+        digests = [await put(store, content) for content in (CONTENT, b"")]
+        async with local_files(store, digests) as files:
+            assert [files[digest].read_bytes() for digest in digests] == [CONTENT, b""]
+        assert await content_of(store, digests[0]) == CONTENT
 
     async def test_an_empty_blob_is_a_blob(self, store: BlobStore) -> None:
         digest = await put(store, b"")

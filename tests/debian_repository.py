@@ -32,6 +32,7 @@ class Fault(Enum):
 
     REFUSE = auto()  # the connection is closed without an answer
     NOT_FOUND = auto()
+    HANG = auto()  # nothing is said until it is over
     STALL = auto()  # half of the body, and then nothing
     TRUNCATE = auto()  # half of the body, and the connection is closed
     CORRUPT = auto()  # the length is right, the bytes are not
@@ -100,6 +101,11 @@ class DebianRepository:
         for each in self._packages:
             self._index(each, (signer or self._key) if signed else None)
 
+    def serve(self, release: str) -> None:
+        """Serve another suite, or another's updates, with no packages at first."""
+        self._packages[release] = {}
+        self.publish(release=release)
+
     @contextmanager
     def misbehaving(self, fault: Fault, end: str = "") -> Iterator[threading.Event]:
         """Answer so when a path ends like this; the event says that it happened."""
@@ -122,6 +128,8 @@ class DebianRepository:
                 met.set()
         if fault is Fault.REFUSE:
             return
+        if fault is Fault.HANG:
+            over.wait()
         if body is None or fault is Fault.NOT_FOUND:
             request.send_error(HTTPStatus.NOT_FOUND)
             return
@@ -176,7 +184,7 @@ class DebianRepository:
 
 
 def _base(release: str) -> str:
-    return "/debian-security" if release == SECURITY else "/debian"
+    return "/debian-security" if release.endswith("-security") else "/debian"
 
 
 @contextmanager

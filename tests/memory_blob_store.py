@@ -13,13 +13,24 @@ from chandlery.oci import Descriptor
 
 
 class MemoryBlobStore:
+    on_this_disk = True
+
     def __init__(self) -> None:
         self.blobs: dict[Digest, bytes] = {}
 
     async def stat(self, digest: Digest) -> BlobInfo | None:
         return BlobInfo(len(self.blobs[digest])) if digest in self.blobs else None
 
+    async def check(self) -> None:
+        pass
+
     def path(self, digest: Digest) -> Path | None:
+        return None
+
+    def location(self, digest: Digest) -> str:
+        return f"memory of {digest}"
+
+    async def url(self, digest: Digest, lifetime: float) -> str | None:
         return None
 
     async def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
@@ -50,6 +61,9 @@ class MemoryBlobStore:
 
     async def inventory(self) -> Mapping[Digest, BlobInfo]:
         return {digest: BlobInfo(len(content)) for digest, content in self.blobs.items()}
+
+    async def sweep(self) -> None:
+        pass
 
     def _take(self, digest: Digest, file: Path) -> None:
         self.blobs.setdefault(digest, file.read_bytes())

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from chandlery.nix import Nix, Resolution
 from chandlery.oci import Platform
-from chandlery.package_source import PinnedSource
+from chandlery.pinned_source import PinnedSource
 
 SYSTEM = Platform.of_host().nix_system
 
@@ -24,8 +25,13 @@ let
     inherit name;
     system = builtins.currentSystem;
     builder = "/bin/bash";
-    args = [ "-euc" "PATH=/bin; ${script}" ];
+    # Nix kills a builder that closes its output, as `id` does just before it exits; so bash ends last.
+    args = [ "-euc" "PATH=/bin; ${script}\nexit" ];
+    # The bash of this machine is not in the sandbox of a derivation that doesn't ask for it.
+    __impureHostDeps = hostPaths;
   };
+  hostPaths = [ "/bin" "/usr" "/lib" ] ++ (if builtins.currentSystem == "x86_64-linux" then [ "/lib64" ]
+    else [ ]);
 in rec { %s }
 """
 
@@ -34,7 +40,8 @@ def source_of(folder: Path, expression: str) -> PinnedSource:
     """Write a package set; its revision is its content's."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "default.nix").write_text(expression)
-    return PinnedSource("path", str(folder), hashlib.sha256(expression.encode()).hexdigest())
+    revision = hashlib.sha256(expression.encode()).hexdigest()
+    return PinnedSource("path", str(folder), revision, nix={"tree": str(folder)})
 
 
 def packages(folder: Path, attributes: str) -> PinnedSource:
@@ -45,3 +52,12 @@ def packages(folder: Path, attributes: str) -> PinnedSource:
 async def resolve(nix: Nix, source: PinnedSource, attribute_path: str) -> Resolution:
     """Give what one attribute path gives."""
     return (await nix.resolve(source, SYSTEM, [attribute_path]))[attribute_path]
+
+
+NIXPKGS_SHAPE = Path(__file__).parent / "nixpkgs_shape"
+
+
+def nixpkgs_shape(overlays: Sequence[Path] = (), **config: object) -> PinnedSource:
+    """Give a package set that is called as nixpkgs is, with packages that are refused or do harm."""
+    nix = {"tree": str(NIXPKGS_SHAPE), "config": config, "overlays": [str(path) for path in overlays]}
+    return PinnedSource("nixpkgs", "nixos-unstable", "2" * 40, nix=nix)

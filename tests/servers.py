@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ import httpx
 
 # Seconds, for what takes one or two.
 LIMIT = 60.0
-_MARK = "CHANDLERY_TEST_MARK"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class RunningServer:
 
     def _is_ours(self, folder: Path) -> bool:
         with suppress(OSError):
-            return f"{_MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            return self.mark.encode() in (folder / "environ").read_bytes()
         return False
 
     def kill(self) -> None:
@@ -84,20 +83,38 @@ def serving(
 ) -> Iterator[RunningServer]:
     """Start a server in a process group of its own, and wait until it answers; nothing is left in the end."""
     port = port or free_port()
+    options = ("--port", str(port), "--data-dir", str(data_dir), "--source", source)
+    with _serving(options, variables or {}, port, log) as server:
+        yield server
+
+
+@contextmanager
+def serving_with_variables(variables: Mapping[str, str], port: int, log: Path) -> Iterator[RunningServer]:
+    """Likewise, with a server that environment variables alone tell what to do; they tell it the port too."""
+    with _serving((), variables, port, log) as server:
+        yield server
+
+
+@contextmanager
+def _serving(
+    options: Sequence[str], variables: Mapping[str, str], port: int, log: Path
+) -> Iterator[RunningServer]:
     mark = secrets.token_hex(8)
-    argv = [sys.executable, "-m", "chandlery", "serve", "--port", str(port)]
+    # Nix gets little of the environment, but PATH it gets.
+    path = f"{os.environ['PATH']}:/nonexistent/{mark}"
     with (
         log.open("ab") as output,
         subprocess.Popen(
-            [*argv, "--data-dir", str(data_dir), "--source", source],
-            env=environment(**{_MARK: mark}, **(variables or {})),
+            [sys.executable, "-m", "chandlery", "serve", *options],
+            # No binary cache can be reached, and looking for one takes a second.
+            env=environment(**{"PATH": path, "CHANDLERY_SUBSTITUTERS": "[]", **variables}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         ) as process,
     ):
-        scheme = "https" if "CHANDLERY_TLS_CERTIFICATE" in (variables or {}) else "http"
+        scheme = "https" if "CHANDLERY_TLS_CERTIFICATE" in variables else "http"
         server = RunningServer(process, f"{scheme}://127.0.0.1:{port}", log, mark)
         try:
             wait_until(lambda: process.poll() is not None or server.answers())

@@ -58,7 +58,7 @@ class Registry:
     ) -> AccessControl:
         accounts = Accounts(Users(self.file), self.tokens, anonymous) if users else None
         address = PublicAddress(url, parse_networks(["10.0.0.1"]))
-        return AccessControl(AccessRules.model_validate(rules), "debian!bookworm", address, accounts)
+        return AccessControl(AccessRules.model_validate(rules), {"": "debian!bookworm"}, address, accounts)
 
     @asynccontextmanager
     async def serving(

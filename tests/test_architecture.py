@@ -14,22 +14,40 @@ import chandlery
 LAYERS = (
     "__main__",
     "cli",
-    "maintenance_commands",
+    "maintenance_commands plan_commands settings_commands",
+    "machine_checks",
     "demo app maintenance",
     "settings",
+    "nixery_environment setting_errors",
+    "doctor setting_places",
+    "command_options certificate_check setting_values",
     "monitoring readiness tracing",
     "registry_api endpoint registry_client request_log waiting sandbox image_output",
-    "token_endpoint access_control client_address public_address users tokens rate_limit tls",
+    "token_endpoint access_control client_address public_address users tokens tls",
     "repaired_blobs scrub garbage_collector",
     "image_builder",
+    "sources",
     "image_maker",
     "build_queue build_index package_resolver",
     "unfinished_builds",
     "image_origin leases root_layer",
-    "nix store_gate layer_archive root_filesystem store_reader blob_store data_folder",
-    "nix_output layer_plan package_source debian_index debian_lock alternatives compression",
-    "access_rules authorization",
-    "closure image_name negotiation",
+    "nix",
+    "nix_evaluation store_gate layer_archive root_filesystem store_reader blob_store object_store",
+    "layer_plan package_source alternatives compression binary_cache",
+    "grouped_plan peer_plans simple_plans pull_simulation",
+    "layer_group",
+    "path_source nixpkgs_source flake_source git_source debian_source",
+    "set_arguments debian_index",
+    "watched_folder debian_lock",
+    "package_groups",
+    "package_graph popularity",
+    "pins folder_content download tarball failure_memory source_trees git_repository",
+    "data_folder rate_limit",
+    "nix_configuration nix_process",
+    "access_rules authorization nix_output",
+    "closure_json",
+    "pinned_source closure image_name negotiation bucket git_address",
+    "image_profile",
     "oci byte_range logs metrics",
     "digest",
     "errors",
@@ -37,14 +55,16 @@ LAYERS = (
 
 # What decides does no I/O, and asks no clock.
 PURE = (
-    "access_rules alternatives authorization byte_range closure errors image_name layer_plan negotiation oci"
+    "access_rules alternatives authorization byte_range closure closure_json errors git_address grouped_plan "
+    "image_name image_profile layer_group layer_plan negotiation oci package_graph package_groups peer_plans "
+    "pinned_source popularity pull_simulation setting_values simple_plans"
 )
 IMPURE_IMPORTS = {
     *("anyio", "asyncio", "httpx", "io", "multiprocessing", "os", "shutil", "socket", "sqlite3"),
     *("subprocess", "tempfile", "threading", "time", "datetime", "random", "secrets"),
 }
 
-STARTS_PROGRAMS = "nix debian_index sandbox demo"
+STARTS_PROGRAMS = "nix_process nix_configuration debian_index sandbox demo git_repository"
 # These pass the environment on to the programs that they start, and look for them on PATH.
 PASSES_THE_ENVIRONMENT_ON = STARTS_PROGRAMS
 NIX_PROGRAM = re.compile(r"nix-(store|build|instantiate|env|shell|channel|daemon|collect-garbage|hash)")

@@ -26,7 +26,7 @@ from chandlery.oci import (
     PackedLayer,
     Platform,
 )
-from chandlery.package_source import PinnedSource
+from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import RootLayerOptions
 
 NAME = f"build-index-{SCHEMA_VERSION}.sqlite"
@@ -52,9 +52,9 @@ def an_image(text: str, *layers: str) -> BuiltImage:
 
 
 def an_origin(*packages: str, reference: str = "latest", revision: str = "1" * 64) -> ImageOrigin:
-    pin = PinnedSource("debian", "bookworm", revision, {"lock": "/locks/1", "mirrors": ["a", "b"]})
+    pin = PinnedSource("debian", "bookworm", revision, nix={"lock": "/locks/1", "mirrors": ["a", "b"]})
     root_layer = RootLayerOptions(1000, 100, extra_commands="touch it")
-    request = ImageRequest(packages, Platform("linux", "amd64"), False, reference)
+    request = ImageRequest(packages, Platform("linux", "amd64"), reference=reference)
     return ImageOrigin(pin, request, BuildOptions(50, "zstd", root_layer=root_layer))
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from chandlery.alternatives import parse
 from chandlery.closure import Closure, StorePath
+from chandlery.debian_source import DebianSource
 from chandlery.errors import DownloadError
 from chandlery.image_name import LATEST
 from chandlery.nix import EXPRESSIONS, Nix, NixLimits, Resolution
 from chandlery.oci import Platform
-from chandlery.package_source import DebianSource, PinnedSource
+from chandlery.pinned_source import PinnedSource
 from chandlery.store_reader import Entry, Layout, StoreReader
 from debian_packages import PACKAGES, Deb, Member, program
 from debian_repository import SECURITY, SUITE, DebianRepository, Fault, debian_repository
@@ -251,7 +252,7 @@ from pathlib import Path
 from chandlery.debian_index import DebianMirrors
 from chandlery.nix import Nix, NixLimits
 from chandlery.oci import Platform
-from chandlery.package_source import DebianSource
+from chandlery.debian_source import DebianSource
 
 async def main(folder: Path, *mirrors: str) -> None:
     nix = Nix(folder / "nix", NixLimits())

@@ -21,6 +21,7 @@ EXAMPLES: Mapping[Any, Any] = {
     Sequence[str]: ("one", "two"),
     Mapping[str, str]: {"one": "reason"},
     Mapping[str, Sequence[str]]: {"one": ("two",)},
+    Mapping[str, Mapping[str, str]]: {"one": {"reason": "unfree", "message": "why"}},
 }
 each_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 

@@ -25,7 +25,7 @@ from chandlery.oci import (
     PackedLayer,
     Platform,
 )
-from chandlery.package_source import PinnedSource
+from chandlery.pinned_source import PinnedSource
 from workshop import a_request, opened
 
 HOUR = 3600.0

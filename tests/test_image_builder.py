@@ -444,7 +444,7 @@ async def test_a_package_that_can_not_be_evaluated_says_why(used: Workshop) -> N
     with pytest.raises(EvaluationError) as caught:
         await used.image("hello", "refused")
     assert list(caught.value.reasons) == ["refused"]
-    assert "refused is not for you" in caught.value.reasons["refused"]
+    assert caught.value.reasons["refused"] == {"reason": "failed", "message": "refused is not for you"}
 
 
 async def test_a_build_that_takes_too_long_is_stopped(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ async def test_a_layer_that_has_another_size_is_packed_again(fresh: Workshop) ->
 
 
 async def test_chandlerys_own_collection_waits_until_a_build_has_begun(tmp_path: Path) -> None:
-    async with opened(tmp_path, limits=NixLimits(begun_after=1.0)) as workshop:
+    async with opened(tmp_path, limits=NixLimits(begun_after=4.0)) as workshop:
         build = workshop.building("hello", "waiting-a")
         await workshop.gates.reached("waiting-a")
         with pytest.raises(TimeoutError):
@@ -95,9 +95,9 @@ async def test_what_is_instantiated_is_kept_from_nix_until_it_is_built(
 ) -> None:
     realise = fresh.nix.realise
 
-    async def after_a_collection(*arguments: object) -> None:
+    async def after_a_collection(*arguments: object, substitute: bool) -> None:
         await fresh.nix.collect_all_garbage()
-        await realise(*arguments)  # type: ignore[arg-type]
+        await realise(*arguments, substitute=substitute)  # type: ignore[arg-type]
 
     resolved: list[object] = []
     resolve = fresh.nix.resolve

@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from chandlery import image_name
 from chandlery.errors import InvalidNameError, InvalidReferenceError
-from chandlery.image_name import BASE_PACKAGES, LATEST, SHELL_PACKAGES, ImageRequest
+from chandlery.image_name import LATEST, ImageRequest, Vocabulary
+from chandlery.image_profile import BASE_PACKAGES, SHIPPED, Profile
 from chandlery.oci import Platform
 
 HOST = Platform("linux", "amd64")
-META = ("shell", "amd64", "arm64")
+ARM64 = Platform("linux", "arm64")
+WEB = Profile(packages=("nginx",), user="nonroot", exposed_ports=("80",))
+VOCABULARY = Vocabulary(HOST, frozenset({"debian", "ours"}), "debian", {**SHIPPED, "web": WEB})
+META = ("shell", "nonroot", "web", "amd64", "arm64", "debian", "ours")
+SHELL = SHIPPED["shell"]
 
 # distribution-spec, "Pulling manifests": [a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=6)
@@ -26,7 +31,7 @@ tags = st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", fullmatch=True).filte
 
 
 def parse(name: str, reference: str = LATEST) -> ImageRequest:
-    return image_name.parse(name, reference, HOST)
+    return image_name.parse(name, reference, VOCABULARY)
 
 
 @given(packages, tags)
@@ -34,7 +39,8 @@ def test_every_name_of_the_grammar_is_a_list_of_packages(names: list[str], tag: 
     request = parse("/".join(names), tag)
     assert set(request.packages) == set(names)
     assert request.reference == tag
-    assert (request.platform, request.shell) == (HOST, False)
+    assert (request.platform, request.profile, request.source) == (HOST, Profile(), "")
+    assert request.any_platform
 
 
 @given(packages, st.randoms())
@@ -44,10 +50,10 @@ def test_neither_order_nor_repeats_matter(names: list[str], chance: random.Rando
     assert parse("/".join(shuffled)) == parse("/".join(names))
 
 
-@given(packages, st.sampled_from(["", "shell/", "arm64/", "shell/arm64/", "arm64/shell/"]))
-def test_the_one_spelling_of_a_name_means_the_same(names: list[str], meta: str) -> None:
-    request = parse(meta + "/".join(names))
-    again = image_name.parse(request.name, LATEST, request.platform)
+@given(packages, st.lists(st.sampled_from(["shell", "nonroot", "web", "ours"]), unique=True))
+def test_the_one_spelling_of_a_name_means_the_same(names: list[str], meta: list[str]) -> None:
+    request = parse("/".join([*meta, *names]))
+    again = parse(request.name)
     assert again == request
     assert again.name == request.name
 
@@ -112,16 +118,38 @@ def test_a_digest_is_a_reference_and_no_tag() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("shell", ImageRequest((), HOST, True)),
-        ("shell/git", ImageRequest(("git",), HOST, True)),
-        ("arm64/git", ImageRequest(("git",), Platform("linux", "arm64"))),
+        ("git", ImageRequest(("git",), HOST, any_platform=True)),
+        ("shell", ImageRequest((), HOST, ("shell",), profile=SHELL, any_platform=True)),
+        ("shell/git", ImageRequest(("git",), HOST, ("shell",), profile=SHELL, any_platform=True)),
+        ("arm64/git", ImageRequest(("git",), ARM64)),
         ("amd64/git", ImageRequest(("git",), HOST)),
-        ("arm64/shell", ImageRequest((), Platform("linux", "arm64"), True)),
-        ("shell/arm64/arm64/shell/git", ImageRequest(("git",), Platform("linux", "arm64"), True)),
+        ("arm64/shell", ImageRequest((), ARM64, ("shell",), profile=SHELL)),
+        ("shell/arm64/arm64/shell/git", ImageRequest(("git",), ARM64, ("shell",), profile=SHELL)),
+        ("ours/git", ImageRequest(("git",), HOST, source="ours", any_platform=True)),
+        ("debian/git", ImageRequest(("git",), HOST, any_platform=True)),
+        ("arm64/ours/web/git", ImageRequest(("git",), ARM64, ("web",), "ours", profile=WEB)),
+        ("web/arm64/ours/git", ImageRequest(("git",), ARM64, ("web",), "ours", profile=WEB)),
+        ("web", ImageRequest((), HOST, ("web",), profile=WEB, any_platform=True)),
     ],
 )
-def test_meta_packages_come_first(name: str, expected: ImageRequest) -> None:
+def test_platform_source_and_profiles_come_first_in_any_order(name: str, expected: ImageRequest) -> None:
     assert parse(name) == expected
+
+
+def test_several_profiles_are_one_and_of_single_values_the_last_counts() -> None:
+    request = parse("shell/web/nonroot/git")
+    assert request.profiles == ("shell", "web", "nonroot")
+    assert request.profile.packages == (*SHELL.packages, "nginx")
+    assert request.profile.command == ("/bin/bash",)
+    assert request.profile.environment == {"LANG": "C.UTF-8", "HOME": "/home/nonroot"}
+    assert request.profile.exposed_ports == ("80",)
+    assert request.profile.user == "nonroot"
+    assert (request.name, request.title) == ("shell/web/nonroot/git", "shell/web/nonroot/git")
+
+
+def test_a_title_leaves_out_the_source_whose_name_every_server_chooses() -> None:
+    request = parse("ours/shell/git")
+    assert (request.name, request.title) == ("ours/shell/git", "shell/git")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +159,11 @@ def test_meta_packages_come_first(name: str, expected: ImageRequest) -> None:
         ("git/arm64", "arm64/git"),
         ("arm64", "no package"),
         ("arm64/amd64/git", "choose one"),
+        ("debian/ours/git", "it asks for debian and for ours: choose one"),
+        ("git/ours", "ours is a source here, and comes before the packages: ours/git"),
+        ("git/web", "web is a profile here"),
+        ("ours", "no package"),
+        ("nonroot", "no package"),
     ],
 )
 def test_a_misplaced_meta_package_is_refused_with_what_to_write(name: str, hint: str) -> None:
@@ -145,11 +178,12 @@ def test_every_image_has_certificates_and_the_names_of_services() -> None:
 
 def test_a_shell_image_has_what_people_expect_in_a_shell() -> None:
     request = parse("shell/git")
-    assert set(request.all_packages) == {"git", *BASE_PACKAGES, *SHELL_PACKAGES}
+    assert set(request.all_packages) == {"git", *BASE_PACKAGES, *SHELL.packages}
     assert {"bashInteractive", "coreutils"} <= set(request.all_packages)
     assert list(request.all_packages) == sorted(request.all_packages)
 
 
 def test_the_command_line_may_name_packages_with_capitals() -> None:
-    request = image_name.of_parts(["shell", "haskellPackages.Cabal"], LATEST, HOST)
-    assert request == ImageRequest(("haskellPackages.Cabal",), HOST, True)
+    request = image_name.of_parts(["shell", "haskellPackages.Cabal"], LATEST, VOCABULARY)
+    assert request.packages == ("haskellPackages.Cabal",)
+    assert request.profile == SHELL

@@ -5,8 +5,9 @@ import pytest
 from chandlery.compression import COMPRESSIONS
 from chandlery.image_name import ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.image_profile import Profile
 from chandlery.oci import Platform
-from chandlery.package_source import PinnedSource
+from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import RootLayerOptions
 
 PIN = PinnedSource("path", "/srv/packages", "1" * 64)
@@ -22,7 +23,15 @@ ORIGIN = ImageOrigin(PIN, REQUEST, BuildOptions())
         replace(ORIGIN, pin=replace(PIN, revision="2" * 64)),
         replace(ORIGIN, request=replace(REQUEST, packages=("gitjq",))),
         replace(ORIGIN, request=replace(REQUEST, packages=("git",))),
-        replace(ORIGIN, request=ImageRequest(("git", "jq"), REQUEST.platform, True)),
+        replace(ORIGIN, pin=replace(PIN, variant="3" * 64)),
+        replace(ORIGIN, request=replace(REQUEST, profiles=("shell",))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(user="nonroot"))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(packages=("bash",)))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(command=("a", "b")))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(command=("ab",)))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(environment={"a": "b"}))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(labels={"a": "b"}))),
+        replace(ORIGIN, request=replace(REQUEST, profile=Profile(exposed_ports=("80",)))),
         replace(ORIGIN, request=replace(REQUEST, platform=Platform("linux", "arm64"))),
         replace(ORIGIN, options=BuildOptions(max_layers=95)),
         replace(ORIGIN, options=BuildOptions(compression="zstd")),
@@ -40,6 +49,9 @@ def test_whatever_is_another_in_an_origin_is_another_image(other: ImageOrigin) -
     "same",
     [
         replace(ORIGIN, request=replace(REQUEST, reference="1111111111111111")),
+        replace(ORIGIN, request=replace(REQUEST, source="ours")),
+        replace(ORIGIN, request=replace(REQUEST, any_platform=True)),
+        replace(ORIGIN, pin=replace(PIN, stale="the mirror is dead")),
         replace(ORIGIN, pin=replace(PIN, nix={"lock": "/elsewhere"})),
         replace(ORIGIN, pin=replace(PIN, nix=None)),
     ],

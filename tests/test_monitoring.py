@@ -16,6 +16,8 @@ from chandlery.build_queue import Build, BuildQueue, QueueLimits
 from chandlery.client_address import parse_networks
 from chandlery.digest import Digest
 from chandlery.errors import BuildError, StorageFullError
+from chandlery.image_builder import Pulled
+from chandlery.image_name import Vocabulary
 from chandlery.metrics import Metrics
 from chandlery.monitoring import Watchers, _tail
 from chandlery.oci import BuiltImage, Descriptor, Platform
@@ -71,14 +73,14 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
         readiness = Readiness({"storage": checks.may_fail, "nix": checks.passes}, max_age=0)
 
         class NoImages:
-            async def image(self, *_: object) -> BuiltImage:
+            async def pull(self, *_: object, index: bool) -> Pulled:
                 raise BuildError("nothing", "there is nothing here", [])
 
             async def tags(self, *_: object) -> list[str]:
                 return []
 
         routes = [
-            *registry_api.routes(NoImages(), MemoryBlobStore(), Platform.of_host()),
+            *registry_api.routes(NoImages(), MemoryBlobStore(), Vocabulary(Platform.of_host())),
             *monitoring.routes(metrics, readiness, queue, watchers),
         ]
         app = Starlette(routes=routes, middleware=[Middleware(RequestLog, metrics=metrics)])

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from chandlery.digest import Digest
-from chandlery.negotiation import accepted_format, entity_tag, is_known, is_unwanted, wanted_ranges
-from chandlery.oci import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, ManifestFormat
+from chandlery.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
+from chandlery.oci import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST, ManifestFormat
 
 DIGEST = Digest.of(b"content")
 OTHER = Digest.of(b"other content")
@@ -33,12 +33,30 @@ OTHER = Digest.of(b"other content")
     ],
 )
 def test_the_format_is_what_accept_prefers(accept: str, docker: bool) -> None:
-    assert accepted_format([accept]) is (ManifestFormat.DOCKER if docker else ManifestFormat.OCI)
+    assert accepted_formats([accept]).manifest is (ManifestFormat.DOCKER if docker else ManifestFormat.OCI)
+
+
+@pytest.mark.parametrize(
+    ("accept", "index"),
+    [
+        ("", None),
+        ("*/*", None),
+        (f"{OCI_MANIFEST}, application/*", None),
+        (OCI_INDEX, ManifestFormat.OCI),
+        (DOCKER_MANIFEST_LIST, ManifestFormat.DOCKER),
+        (f"{DOCKER_MANIFEST}, {DOCKER_MANIFEST_LIST}, {OCI_INDEX}, {OCI_MANIFEST}", ManifestFormat.OCI),
+        (f"{OCI_INDEX};q=0.3, {DOCKER_MANIFEST_LIST}", ManifestFormat.DOCKER),
+        (f"{OCI_INDEX};q=0", None),
+        (f"{OCI_INDEX};q=0, {DOCKER_MANIFEST_LIST};q=0.1", ManifestFormat.DOCKER),
+    ],
+)
+def test_an_index_is_for_those_that_name_one(accept: str, index: ManifestFormat | None) -> None:
+    assert accepted_formats([accept]).index is index
 
 
 @given(st.lists(st.text()))
 def test_any_accept_chooses_a_format(accept: list[str]) -> None:
-    assert accepted_format(accept) in ManifestFormat
+    assert accepted_formats(accept).manifest in ManifestFormat
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,18 @@ def test_a_config_names_its_platform_as_go_does() -> None:
 
 def test_what_a_container_is_started_with() -> None:
     container = ContainerConfig(
-        ("/bin/sh", "-l"), {"PATH": "/bin", "LANG": "C"}, "nobody", "/tmp", {"a": "b"}
+        ("/bin/tini",),
+        ("/bin/sh", "-l"),
+        {"PATH": "/bin", "LANG": "C"},
+        "nobody",
+        "/tmp",
+        ("8080/tcp", "53/udp"),
+        {"a": "b"},
     )
     assert config(container=container)["config"] == {
+        "Entrypoint": ["/bin/tini"],
         "Cmd": ["/bin/sh", "-l"],
+        "ExposedPorts": {"53/udp": {}, "8080/tcp": {}},
         "Env": ["LANG=C", "PATH=/bin"],
         "User": "nobody",
         "WorkingDir": "/tmp",

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from chandlery.build_index import BuildIndex
-from chandlery.errors import EvaluationError, PackagesNotFoundError
-from chandlery.nix import Nix, NixLimits, Resolution
+from chandlery.errors import BrokenError, EvaluationError, NixError, PackagesNotFoundError, UnfreeError
+from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.package_resolver import PackageResolver, nearest
-from chandlery.package_source import PinnedSource
-from nix_package_set import SYSTEM, packages, requires_nix
+from chandlery.pinned_source import PinnedSource
+from nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix
 
 pytestmark = [pytest.mark.nix, requires_nix]
 
@@ -31,7 +31,7 @@ class CountingNix(Nix):
     """Keeps what it was asked."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, NixLimits())
+        super().__init__(folder, NixLimits(), NixOptions(substituters=()))
         self.resolved: list[list[str]] = []
         self.listed: list[list[str]] = []
 
@@ -109,12 +109,13 @@ async def test_another_revision_or_system_or_place_is_asked_anew(
     for each, system in [
         (pin, SYSTEM),
         (replace(pin, revision="other"), SYSTEM),
+        (replace(pin, variant="other config"), SYSTEM),
         (pin, "other-linux"),
         (elsewhere, SYSTEM),
     ]:
         await resolver.resolve(each, system, ["git"])
 
-    assert nix.resolved == [["git"]] * 4
+    assert nix.resolved == [["git"]] * 5
 
 
 async def test_nix_can_be_asked_although_the_answer_is_known(
@@ -192,11 +193,46 @@ async def test_all_that_can_not_be_evaluated_is_told_with_its_reasons(
     with pytest.raises(EvaluationError) as caught:
         await resolver.resolve(pin, SYSTEM, ["git", "loops", "number", "throws"])
 
+    assert type(caught.value) is EvaluationError
     assert caught.value.reasons == {
-        "loops": "infinite recursion encountered",
-        "number": "it is a int, not a package",
-        "throws": "no licence",
+        "loops": {"reason": "infinite_recursion", "message": "infinite recursion encountered"},
+        "number": {"reason": "not_a_package", "message": "it is a int"},
+        "throws": {"reason": "failed", "message": "no licence"},
     }
+
+
+@pytest.mark.parametrize(
+    ("packages", "kind"),
+    [
+        (["unrar", "needs-unfree"], UnfreeError),
+        (["broken"], BrokenError),
+        (["unrar", "broken"], EvaluationError),
+    ],
+)
+async def test_what_is_refused_for_one_reason_is_an_error_of_its_own(
+    resolver: PackageResolver, packages: list[str], kind: type[EvaluationError]
+) -> None:
+    with pytest.raises(kind) as caught:
+        await resolver.resolve(nixpkgs_shape(), SYSTEM, ["hello", *packages])
+
+    assert type(caught.value) is kind
+    assert set(caught.value.reasons) == set(packages)
+
+
+class ForgetfulNix(CountingNix):
+    """Can't list any names."""
+
+    async def attribute_names(self, source: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
+        raise NixError("nix-instantiate: interrupted")
+
+
+async def test_without_suggestions_what_is_missing_is_told_all_the_same(
+    store: Path, index: BuildIndex, pin: PinnedSource
+) -> None:
+    with pytest.raises(PackagesNotFoundError) as caught:
+        await PackageResolver(ForgetfulNix(store), index).resolve(pin, SYSTEM, ["gti", "jq", "hop.hop"])
+
+    assert str(caught.value) == "not in the package set: gti, hop.hop"
 
 
 async def test_what_was_missing_or_failed_is_asked_for_again(

@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.parser import BytesParser
@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import Message, Scope
 from structlog.testing import capture_logs
 
-from chandlery import endpoint, errors, registry_api
+from chandlery import endpoint, errors, image_name, registry_api
 from chandlery.blob_store import BlobInfo, BlobStore, FileBlobStore
 from chandlery.client_address import parse_networks
 from chandlery.digest import Digest
@@ -44,9 +44,12 @@ from chandlery.errors import (
     StorageFullError,
     TryAgainError,
 )
-from chandlery.image_name import ImageRequest
+from chandlery.image_builder import Pulled
+from chandlery.image_name import ImageRequest, Vocabulary
 from chandlery.oci import (
     DOCKER_MANIFEST,
+    DOCKER_MANIFEST_LIST,
+    INDEX_MEDIA_TYPE,
     MANIFEST_MEDIA_TYPE,
     OCI_CONFIG,
     OCI_INDEX,
@@ -56,16 +59,22 @@ from chandlery.oci import (
     Descriptor,
     ManifestFormat,
     Platform,
+    image_index,
     image_manifest,
 )
+from chandlery.pinned_source import PinnedSource
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
 from chandlery.waiting import WaitPolicy
 from memory_blob_store import MemoryBlobStore
 
-HOST = Platform("linux", "amd64")
+HOST = Vocabulary(Platform("linux", "amd64"))
+PIN = PinnedSource("debian", "bookworm", "ab" * 32)
 LAYER = bytes(range(256)) * 8192
 MISSING = Digest.of(b"never put")
+REFUSALS = [
+    kind({"git": {"reason": kind.reason, "message": "because"}}) for kind in EvaluationError.__subclasses__()
+]
 
 
 @dataclass
@@ -75,15 +84,19 @@ class OneImage:
     image_: BuiltImage
     error: Exception | None = None
     known_tags: Sequence[str] = ("latest",)
+    index: Mapping[ManifestFormat, Descriptor] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     requests: list[ImageRequest] = field(default_factory=list)
     clients: list[tuple[str, float]] = field(default_factory=list)
 
-    async def image(self, request: ImageRequest, client: str, timeout: float) -> BuiltImage:
+    async def pull(self, request: ImageRequest, client: str, timeout: float, *, index: bool) -> Pulled:
         self.requests.append(request)
         self.clients.append((client, timeout))
         if self.error:
             raise self.error
-        return self.image_
+        if index and self.index:
+            return Pulled(self.index, PIN, is_index=True)
+        return Pulled(self.image_.manifests, PIN, self.warnings)
 
     async def tags(self, request: ImageRequest) -> Sequence[str]:
         self.requests.append(request)
@@ -151,6 +164,59 @@ async def test_the_base_says_that_this_is_a_registry(registry: Registry, path: s
     assert response.headers["docker-distribution-api-version"] == "registry/2.0"
 
 
+# Indexes
+
+
+@pytest.fixture
+async def index(registry: Registry, blobs: BlobStore) -> Mapping[ManifestFormat, Descriptor]:
+    registry.images.index = {
+        each: await blobs.put_bytes(
+            image_index(each, [(Platform("linux", "arm64"), registry.manifest(each))]), media_type
+        )
+        for each, media_type in INDEX_MEDIA_TYPE.items()
+    }
+    return registry.images.index
+
+
+@pytest.mark.parametrize("name", ["git", "arm64/git"])
+@pytest.mark.parametrize(
+    ("accept", "wanted"),
+    [
+        (f"{OCI_MANIFEST}, {OCI_INDEX}", ManifestFormat.OCI),
+        (f"{DOCKER_MANIFEST}, {DOCKER_MANIFEST_LIST}", ManifestFormat.DOCKER),
+    ],
+)
+async def test_an_index_is_given_to_those_that_take_one(
+    registry: Registry,
+    index: Mapping[ManifestFormat, Descriptor],
+    name: str,
+    accept: str,
+    wanted: ManifestFormat,
+) -> None:
+    response = await registry.get(f"/v2/{name}/manifests/latest", accept=accept)
+    assert response.headers["content-type"] == INDEX_MEDIA_TYPE[wanted]
+    assert response.headers["docker-content-digest"] == str(index[wanted].digest)
+    assert Digest.of(response.content) == index[wanted].digest
+    again = await registry.get(f"/v2/{name}/manifests/{index[wanted].digest}")
+    assert (again.status_code, again.headers["content-type"]) == (200, INDEX_MEDIA_TYPE[wanted])
+    assert again.content == response.content
+
+
+@pytest.mark.parametrize("accept", ["", "*/*", OCI_MANIFEST, DOCKER_MANIFEST])
+async def test_no_index_is_given_to_those_that_list_none(
+    registry: Registry, index: Mapping[ManifestFormat, Descriptor], accept: str
+) -> None:
+    response = await registry.get("/v2/git/manifests/latest", accept=accept)
+    assert response.headers["content-type"] in MANIFEST_MEDIA_TYPE.values()
+
+
+async def test_what_a_person_should_know_is_a_warning_that_clients_print(registry: Registry) -> None:
+    registry.images.warnings = ("the mirror is dead", 'no image for "arm64":\nold\\\u20ac')
+    response = await registry.get("/v2/git/manifests/latest")
+    assert response.status_code == 200
+    assert response.headers["warning"] == '299 - "the mirror is dead; no image for  arm64 : old  "'
+
+
 # Manifests
 
 
@@ -158,7 +224,7 @@ async def test_a_tag_is_built_and_its_manifest_described(registry: Registry) -> 
     response = await registry.get("/v2/shell/git/jq/manifests/latest")
     descriptor = registry.manifest(ManifestFormat.OCI)
     assert response.status_code == 200
-    assert registry.images.requests == [ImageRequest(("git", "jq"), HOST, True)]
+    assert registry.images.requests == [image_name.parse("shell/git/jq", "latest", HOST)]
     assert Digest.of(response.content) == descriptor.digest
     assert {
         name: value for name, value in response.headers.items() if name != "docker-distribution-api-version"
@@ -169,6 +235,7 @@ async def test_a_tag_is_built_and_its_manifest_described(registry: Registry) -> 
         "etag": f'"{descriptor.digest}"',
         "vary": "Accept",
         "cache-control": "no-cache",
+        "chandlery-revision": PIN.revision,
     }
 
 
@@ -361,7 +428,7 @@ async def test_writes_are_not_supported(registry: Registry, method: str, path: s
         (ReferenceNotFoundError("git", "v9", "only latest"), 404, "MANIFEST_UNKNOWN"),
         (BuildError("git", "exit code 1", ["cc: not found"]), 422, "MANIFEST_UNKNOWN"),
         (BuildTimeoutError("git", 3600, ["still compiling"]), 422, "MANIFEST_UNKNOWN"),
-        (EvaluationError({"git": "it is broken"}), 422, "MANIFEST_UNKNOWN"),
+        *((error, 422, "MANIFEST_UNKNOWN") for error in REFUSALS),
         (SourceUnavailableError("debian!bookworm", "no route"), 424, "UNSUPPORTED"),
         (StorageFullError("/data"), 424, "UNSUPPORTED"),
         (NixMissingError("nix-build"), 424, "UNSUPPORTED"),
@@ -715,6 +782,7 @@ from starlette.applications import Starlette
 from starlette.types import Message, Scope
 from starlette.middleware import Middleware
 from chandlery.blob_store import BlobStore, FileBlobStore
+from chandlery.pinned_source import PinnedSource
 from chandlery.registry_api import routes
 from chandlery.request_log import RequestLog
 from test_registry_api import HOST, OneImage, one_image

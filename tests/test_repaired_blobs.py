@@ -1,4 +1,5 @@
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -176,6 +177,9 @@ let
     name = "${name}-VERSION";
     system = builtins.currentSystem;
     builder = "/bin/bash";
+    # The programs of this machine are not in the sandbox of a derivation that doesn't ask for them.
+    __impureHostDeps =
+      [ "/bin" "/usr" "/lib" ] ++ (if builtins.currentSystem == "x86_64-linux" then [ "/lib64" ] else [ ]);
     args = [ "-c" "/bin/mkdir $out; echo VERSION > $out/${name}; exit" ];
   };
 in
@@ -184,15 +188,18 @@ in
 
 
 class EditedFolder:
-    """A package set that gets another revision."""
+    """A package set that gets another revision, and of which no earlier one is kept."""
 
     def __init__(self, folder: Path) -> None:
+        self._data_folder = folder
         self._folder = folder / "packages"
         self._folder.mkdir()
         self.edit("1")
 
     def edit(self, version: str) -> None:
         (self._folder / "default.nix").write_text(PACKAGES.replace("VERSION", version))
+        for tree in self._data_folder.glob("sources/path-*/*/source"):
+            shutil.rmtree(tree.parent)
 
     def source(self, data_folder: Path) -> PackageSource:
         return parse(f"path!{self._folder}", data_folder, DebianMirrors())

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.closure import StorePath
+from chandlery.image_profile import Account
 from chandlery.layer_archive import archive
 from chandlery.root_filesystem import main_program, program_named, root_filesystem
 from chandlery.store_reader import Entry, EntryKind, StoreReader
@@ -27,11 +28,15 @@ def store(tmp_path: Path) -> PhysicalStore:
 
 
 def image(
-    store: PhysicalStore, *roots: StorePath, needed: tuple[StorePath, ...] = (), extra: tuple[Entry, ...] = ()
+    store: PhysicalStore,
+    *roots: StorePath,
+    needed: tuple[StorePath, ...] = (),
+    extra: tuple[Entry, ...] = (),
+    account: Account | None = None,
 ) -> Mapping[bytes, Entry]:
     """Give the layer of an image of these store paths, by path."""
     closure = closure_of(*roots, *needed)
-    entries = root_filesystem(closure, roots, StoreReader(store.store_root), extra=extra)
+    entries = root_filesystem(closure, roots, StoreReader(store.store_root), account=account, extra=extra)
     # The archive checks the order, and that nothing comes twice.
     assert b"".join(archive(entries))
     by_path = {entry.path: entry for entry in entries}
@@ -50,6 +55,19 @@ def inside(store_path: StorePath, path: str) -> bytes:
 
 
 # What every image has
+
+
+def test_an_account_of_its_own_has_a_home_that_it_owns(store: PhysicalStore) -> None:
+    layer = image(store, account=Account("nonroot", 65532, 65533))
+
+    passwd, group = layer[b"etc/passwd"].source, layer[b"etc/group"].source
+    assert isinstance(passwd, bytes)
+    assert isinstance(group, bytes)
+    assert passwd.splitlines()[2] == b"nonroot:x:65532:65533:nonroot:/home/nonroot:/bin/sh"
+    assert group.splitlines()[2] == b"nonroot:x:65533:"
+    home = layer[b"home/nonroot"]
+    assert (home.mode, home.uid, home.gid) == (0o700, 65532, 65533)
+    assert {(entry.uid, entry.gid) for path, entry in layer.items() if path != b"home/nonroot"} == {(0, 0)}
 
 
 def test_every_image_has_accounts_and_the_directories_that_programs_count_on(store: PhysicalStore) -> None:

@@ -4,14 +4,15 @@ from pathlib import Path
 import pytest
 
 from chandlery import image_name
+from chandlery.image_name import Vocabulary
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.oci import Platform
-from chandlery.package_source import PinnedSource
+from chandlery.pinned_source import PinnedSource
 from chandlery.unfinished_builds import UnfinishedBuilds
 
 
 def an_origin(*packages: str) -> ImageOrigin:
-    request = image_name.of_parts(packages, "latest", Platform("linux", "amd64"))
+    request = image_name.of_parts(packages, "latest", Vocabulary(Platform("linux", "amd64")))
     return ImageOrigin(PinnedSource("path", "/srv/packages", "0" * 64), request, BuildOptions())
 
 

@@ -16,12 +16,14 @@ from chandlery.closure import Closure, StorePath
 from chandlery.debian_index import DebianMirrors
 from chandlery.digest import Digest
 from chandlery.image_builder import BuildCapacity, ImageBuilder
-from chandlery.image_name import LATEST, ImageRequest
+from chandlery.image_name import LATEST, ImageRequest, Vocabulary
 from chandlery.image_origin import BuildOptions
 from chandlery.leases import Leases
-from chandlery.nix import Nix, NixLimits, Resolution
+from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.oci import BuiltImage, ManifestFormat, PackedLayer, Platform
-from chandlery.package_source import PackageSource, PinnedSource, parse
+from chandlery.package_source import PackageSource, parse
+from chandlery.pinned_source import PinnedSource
+from chandlery.sources import Sources
 from package_sets import SOURCE, Gates
 
 HOST = Platform.of_host()
@@ -31,7 +33,7 @@ class WatchedNix(Nix):
     """Nix, and what it was asked to evaluate and to build."""
 
     def __init__(self, folder: Path, limits: NixLimits) -> None:
-        super().__init__(folder, limits)
+        super().__init__(folder, limits, NixOptions(substituters=()))
         self.realised: list[Sequence[str]] = []
         self.evaluated: list[str] = []
         self.running = 0
@@ -44,12 +46,14 @@ class WatchedNix(Nix):
         self.evaluated += attribute_paths
         return await super().resolve(source, system, attribute_paths)
 
-    async def realise(self, derivations: Sequence[str], roots: Path, build_log: Path) -> None:
+    async def realise(
+        self, derivations: Sequence[str], roots: Path, build_log: Path, *, substitute: bool = False
+    ) -> None:
         self.realised.append(derivations)
         self.running += 1
         self.most_at_once = max(self.most_at_once, self.running)
         try:
-            await super().realise(derivations, roots, build_log)
+            await super().realise(derivations, roots, build_log, substitute=substitute)
         finally:
             self.running -= 1
 
@@ -123,7 +127,7 @@ class Workshop:
 
 
 def a_request(*parts: str) -> ImageRequest:
-    return image_name.of_parts(parts, LATEST, HOST)
+    return image_name.of_parts(parts, LATEST, Vocabulary(HOST))
 
 
 @asynccontextmanager
@@ -146,5 +150,7 @@ async def opened(
         Leases(folder) as leases,
     ):
         await nix.check()
-        async with ImageBuilder(source, nix, blobs, index, leases, folder, options, capacity) as builder:
+        async with ImageBuilder(
+            Sources.of_one(source), nix, blobs, index, leases, folder, options, capacity
+        ) as builder:
             yield Workshop(builder, nix, blobs, index, leases, gates, folder)

@@ -10,6 +10,7 @@ the address in it; else for Basic, which goes where the request went.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -20,8 +21,7 @@ from chandlery.access_rules import AccessRules, Rule
 from chandlery.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
 from chandlery.client_address import client_address, client_network
 from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
-from chandlery.image_name import ImageRequest
-from chandlery.oci import Platform
+from chandlery.image_name import ImageRequest, Vocabulary
 from chandlery.public_address import PublicAddress
 from chandlery.rate_limit import TokenBuckets
 from chandlery.tokens import SERVICE, Grant, Tokens
@@ -61,14 +61,21 @@ class Accounts:
 
 
 class AccessControl:
-    """Lets clients in; without accounts nobody logs in. `source` is the package source, for the rules."""
+    """Lets clients in; without accounts nobody logs in.
+
+    `sources` are the texts of the package sources by name, the default one's under the empty name: for rules.
+    """
 
     def __init__(
-        self, rules: AccessRules, source: str, address: PublicAddress, accounts: Accounts | None = None
+        self,
+        rules: AccessRules,
+        sources: Mapping[str, str],
+        address: PublicAddress,
+        accounts: Accounts | None = None,
     ) -> None:
         self.accounts = accounts
         self._rules = rules
-        self._source = source
+        self._sources = sources
         self._address = address
         self._requests = TokenBuckets(60.0)
         self._builds = TokenBuckets(3600.0)
@@ -84,7 +91,7 @@ class AccessControl:
     async def authorize(self, request: Request, name: str, image: ImageRequest) -> Client:
         """Tell who sent a request about a repository and may; `PullDeniedError` for who may not."""
         client = await self.admit(request)
-        denied = self._rule(client).denied(image, self._source)
+        denied = self._rule(client).denied(image, self._sources[image.source])
         if denied:
             raise PullDeniedError(client.user or "", denied)
         if client.repositories is not None and name not in client.repositories:
@@ -115,15 +122,15 @@ class AccessControl:
         if limit:
             _raise_if(self._builds.take(client_key, limit), "builds", limit, "hour")
 
-    def grant(self, client: Client, names: tuple[str, ...], host: Platform) -> Grant:
+    def grant(self, client: Client, names: tuple[str, ...], vocabulary: Vocabulary) -> Grant:
         """Give what a token for a client is good for: those of the repositories that it may pull from."""
         rule, allowed = self._rule(client), set()
         for name in names:
             try:
-                image = image_name.parse(name, image_name.LATEST, host)
+                image = image_name.parse(name, image_name.LATEST, vocabulary)
             except ChandleryError:
                 continue
-            if not rule.denied(image, self._source):
+            if not rule.denied(image, self._sources[image.source]):
                 allowed.add(name)
         user = client.user or ""
         version = self.accounts.users.version(user) if self.accounts and user else None

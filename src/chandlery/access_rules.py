@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from chandlery.image_name import SHELL, ImageRequest
+from chandlery.image_name import ImageRequest
 
 
 class Rule(BaseModel):
@@ -35,10 +35,13 @@ class Rule(BaseModel):
     builds_per_hour: int = Field(default=0, ge=0)
 
     def denied(self, request: ImageRequest, source: str) -> tuple[str, ...]:
-        """Give what of a request is refused: the package source, or else packages; `shell` counts as one."""
-        if not _matches(source, self.sources):
+        """Give what of a request is refused: the package source, or else packages; profiles count as such.
+
+        `source` is the text of the package source; its name, if the request has one, is as good.
+        """
+        if not any(_matches(each, self.sources) for each in (source, request.source) if each):
             return (f"from {source}",)
-        names = (SHELL, *request.packages) if request.shell else request.packages
+        names = (*request.profiles, *request.packages)
         return tuple(name for name in names if _matches(name, self.deny) or not _matches(name, self.allow))
 
 

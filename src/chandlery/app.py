@@ -13,31 +13,36 @@ from starlette.middleware import Middleware
 
 from chandlery import monitoring, package_source
 from chandlery.access_control import AccessControl, Accounts
-from chandlery.blob_store import FileBlobStore
+from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
 from chandlery.build_queue import BuildQueue, QueueLimits
 from chandlery.client_address import is_loopback, parse_networks
-from chandlery.data_folder import storage_errors
 from chandlery.debian_index import DebianMirrors
-from chandlery.errors import ChandleryError, SettingsError
+from chandlery.errors import ChandleryError, InvalidSourceError, SettingsError
 from chandlery.garbage_collector import use_interval
 from chandlery.image_builder import BuildCapacity, ImageBuilder
 from chandlery.image_maker import BuildLimits
-from chandlery.image_name import LATEST
+from chandlery.image_name import LATEST, Vocabulary
 from chandlery.image_origin import BuildOptions
+from chandlery.image_profile import SHIPPED
 from chandlery.leases import Leases
 from chandlery.maintenance import maintained
 from chandlery.metrics import Metrics
 from chandlery.monitoring import Watchers
 from chandlery.nix import Nix, NixLimits
+from chandlery.nix_configuration import NixOptions
+from chandlery.nixpkgs_source import NixpkgsAddresses
+from chandlery.object_store import open_blob_store
 from chandlery.oci import Platform
-from chandlery.package_source import PackageSource
+from chandlery.package_source import SourceOptions
 from chandlery.public_address import PublicAddress
 from chandlery.readiness import Readiness
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
 from chandlery.root_layer import RootLayerOptions
+from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings
+from chandlery.sources import ConfiguredSource, Sources
 from chandlery.tls import CertificateCopy, CertificateWatch
 from chandlery.tokens import Tokens, load_key
 from chandlery.users import Users
@@ -56,27 +61,76 @@ _KEPT_REVISIONS = 12
 class Parts:
     """What the settings describe, opened."""
 
-    source: PackageSource
+    sources: Sources
     nix: Nix
-    blobs: FileBlobStore
+    blobs: BlobStore
     index: BuildIndex
     leases: Leases
 
 
 @asynccontextmanager
 async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
-    """Open the stores and check Nix. Raises `StorageError`, `NixError` and `InvalidSourceError`."""
-    mirrors = DebianMirrors(settings.debian_mirror, settings.debian_security_mirror, settings.debian_keyring)
-    source = package_source.parse(settings.source, settings.data_dir, mirrors)
-    limits = NixLimits(settings.build_timeout, settings.evaluation_timeout, settings.nix_jobs)
-    nix = Nix(settings.data_dir / "nix" if settings.nix_store == "own" else None, limits)
+    """Open the stores and check Nix. Raises `StorageError`, `NixError` and `SettingsError`."""
+    nix = open_nix(settings)
     with (
-        FileBlobStore(settings.data_dir) as blobs,
+        open_blob_store(
+            settings.storage,
+            settings.data_dir,
+            settings.storage_options,
+            redirects=settings.storage_redirects,
+        ) as blobs,
         BuildIndex(settings.data_dir, use_interval=use_interval(settings.gc_grace)) as index,
         Leases(settings.data_dir) as leases,
     ):
         await nix.check()
-        yield Parts(source, nix, blobs, index, leases)
+        sources = open_sources(settings, nix)
+        try:
+            yield Parts(sources, nix, blobs, index, leases)
+        finally:
+            await sources.close()
+
+
+def open_nix(settings: Settings) -> Nix:
+    """Make what calls Nix; nothing is called yet."""
+    limits = NixLimits(
+        settings.build_timeout,
+        settings.evaluation_timeout,
+        settings.nix_jobs,
+        builder_timeout=settings.builder_timeout,
+        evaluation_memory=settings.evaluation_memory,
+    )
+    options = NixOptions(settings.allowed_uris, settings.substituters, settings.trusted_public_keys)
+    return Nix(settings.data_dir / "nix" if settings.nix_store == "own" else None, limits, options)
+
+
+def open_sources(settings: Settings, nix: Nix) -> Sources:
+    """Make the package sources; nothing is fetched yet. Raises `SettingsError`."""
+    mirrors = DebianMirrors(settings.debian_mirror, settings.debian_security_mirror, settings.debian_keyring)
+    nixpkgs = NixpkgsAddresses.parse(settings.nixpkgs_channel_url, settings.nixpkgs_tarball_url)
+    sources = {}
+    for name, each in settings.all_sources.items():
+        lifetime = each.refresh or settings.source_refresh
+        options = SourceOptions(each.tags, lifetime, each.config, each.overlays)
+        try:
+            source = package_source.parse(
+                each.location, settings.data_dir, mirrors, options, nixpkgs=nixpkgs, nix=nix
+            )
+        except InvalidSourceError as error:
+            raise SettingsError(f"{f'sources.{name}.from' if name else 'source'}: {error}") from error
+        wanted = each.platforms or settings.platforms
+        platforms = tuple(Platform("linux", architecture) for architecture in wanted)
+        sources[name] = ConfiguredSource(source, platforms or source.platforms, lifetime)
+    return Sources(sources, settings.default_source)
+
+
+def vocabulary(settings: Settings) -> Vocabulary:
+    """Say what the first parts of image names mean."""
+    return Vocabulary(
+        Platform.of_host(),
+        frozenset(settings.sources),
+        settings.default_source,
+        {**SHIPPED, **settings.profiles},
+    )
 
 
 def access_control(settings: Settings) -> AccessControl | None:
@@ -102,7 +156,9 @@ def access_control(settings: Settings) -> AccessControl | None:
     if accounts is None and not settings.access.model_fields_set:
         return None
     address = PublicAddress(settings.public_url, parse_networks(settings.trusted_proxies))
-    return AccessControl(settings.access, settings.source, address, accounts)
+    sources = {name: without_secrets(each.location) for name, each in settings.all_sources.items()}
+    sources[""] = sources[settings.default_source]
+    return AccessControl(settings.access, sources, address, accounts)
 
 
 def certificate(settings: Settings) -> CertificateCopy | None:
@@ -137,7 +193,7 @@ def image_builder(
         BuildLimits(settings.max_packages, settings.max_closure_size, settings.min_free_disk),
     )
     return ImageBuilder(
-        parts.source,
+        parts.sources,
         parts.nix,
         parts.blobs,
         parts.index,
@@ -174,12 +230,12 @@ def create_app(settings: Settings) -> Starlette:
             blobs = await stack.enter_async_context(
                 maintained(settings, parts.blobs, parts.index, parts.leases, parts.nix, builder)
             )
-            app.router.routes.extend(routes(builder, blobs, Platform.of_host(), access))
+            app.router.routes.extend(routes(builder, blobs, vocabulary(settings), access))
             monitoring.count(metrics, builder.queue, settings.data_dir)
             watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
-            pages = monitoring.routes(metrics, _readiness(settings, parts), builder.queue, watchers)
+            pages = monitoring.routes(metrics, _readiness(parts), builder.queue, watchers)
             app.router.routes.extend(pages)
-            running = [_refresh(parts, settings.source_refresh), builder.take_over()]
+            running = [_refresh(parts), builder.take_over()]
             copy = certificate(settings)
             watch = CertificateWatch(copy, settings.tls_refresh) if copy else None
             if watch:
@@ -198,18 +254,13 @@ def create_app(settings: Settings) -> Starlette:
     return app
 
 
-def _readiness(settings: Settings, parts: Parts) -> Readiness:
+def _readiness(parts: Parts) -> Readiness:
     """Say what a server needs to make and serve images; the build index isn't among it."""
-
-    def write() -> None:
-        with storage_errors(settings.data_dir), parts.blobs.temporary_file() as file:
-            file.write_bytes(b"ready")
-
     return Readiness(
         {
-            "storage": lambda: asyncio.to_thread(write),
+            "storage": parts.blobs.check,
             "nix": parts.nix.check,
-            "source": lambda: parts.source.pin(LATEST, Platform.of_host()),
+            "source": lambda: parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0]),
         }
     )
 
@@ -241,13 +292,22 @@ def _stop_at_sigterm(queue: BuildQueue, watch: CertificateWatch | None) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
 
 
-async def _refresh(parts: Parts, interval: float) -> None:
-    """Keep the source fresh; while that fails, its last good state serves."""
-    source = parts.source
+async def _refresh(parts: Parts) -> None:
+    """Keep the sources fresh; while that fails, their last good pins serve."""
+    async with asyncio.TaskGroup() as tasks:
+        for each in parts.sources:
+            tasks.create_task(_refresh_one(each, parts.index))
+
+
+async def _refresh_one(configured: ConfiguredSource, index: BuildIndex) -> None:
+    source = configured.source
     while True:
         try:
-            source.keep(parts.index.revisions(_KEPT_REVISIONS))
-            await source.refresh(interval)
+            source.keep(index.revisions(_KEPT_REVISIONS))
+            await source.refresh(configured.pin_lifetime)
+            # What image names choose by default is there before anybody asks.
+            for platform in configured.platforms:
+                await source.pin(LATEST, platform)
         except ChandleryError as error:
             log.warning("the package source can't be refreshed", source=source.text, error=str(error))
-        await asyncio.sleep(min(interval, 60.0))
+        await asyncio.sleep(min(configured.pin_lifetime, 60.0))

@@ -10,8 +10,8 @@ or has all its bytes, whenever the machine stops. Blobs never change, hence putt
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
@@ -47,6 +47,10 @@ class BlobSource(Protocol):
         """Give the file that holds the blob or would hold it; None from a store without files."""
         ...
 
+    async def url(self, digest: Digest, lifetime: float) -> str | None:
+        """Give where clients get the blob themselves, for `lifetime` seconds; None if they get it here."""
+        ...
+
     def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Give the blob, or a range of it that lies within; `BlobNotFoundError` at the first step."""
         ...
@@ -57,6 +61,22 @@ class BlobStore(BlobSource, Protocol):
 
     `tests/blob_store_contract.py` says what every store keeps. All methods raise `StorageError`.
     """
+
+    @property
+    def on_this_disk(self) -> bool:
+        """Whether blobs take room on this machine, and are this data folder's alone.
+
+        Otherwise other servers share them, and the store sees to it that they last.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Raise `StorageError` unless blobs can be written, read and deleted."""
+        ...
+
+    def location(self, digest: Digest) -> str:
+        """Say where the blob is: a path, or the address of an object, which isn't secret."""
+        ...
 
     def temporary_file(self) -> AbstractContextManager[Path]:
         """Give a path to write a blob at before `put`; a full disk becomes `StorageFullError`."""
@@ -85,12 +105,18 @@ class BlobStore(BlobSource, Protocol):
         """Give what is known of every blob; those put or deleted meanwhile may be missed."""
         ...
 
+    async def sweep(self) -> None:
+        """Remove the temporary files of processes that died since this store was opened."""
+        ...
+
 
 class FileBlobStore:
     """The store on a file system; opening it makes its folders and removes what dead processes left.
 
     `root` can be shared with other processes that are alive. Raises `StorageError` when it can't be written.
     """
+
+    on_this_disk = True
 
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs" / "sha256"
@@ -102,9 +128,21 @@ class FileBlobStore:
                 _sync(folder)
         self._temporary = TemporaryFolder(root / "tmp")
 
+    async def check(self) -> None:
+        """See `BlobStore`."""
+        await asyncio.to_thread(self._temporary.check)
+
     def path(self, digest: Digest) -> Path:
         """See `BlobStore`."""
         return self._blobs / digest.hex[:2] / digest.hex
+
+    def location(self, digest: Digest) -> str:
+        """See `BlobStore`."""
+        return str(self.path(digest))
+
+    async def url(self, digest: Digest, lifetime: float) -> None:
+        """See `BlobSource`: this server is the only one that has the files."""
+        return
 
     async def stat(self, digest: Digest) -> BlobInfo | None:
         """See `BlobStore`."""
@@ -156,7 +194,7 @@ class FileBlobStore:
         return await asyncio.to_thread(self._inventory)
 
     async def sweep(self) -> None:
-        """Remove the temporary files of processes that died since this store was opened."""
+        """See `BlobStore`."""
         await asyncio.to_thread(self._temporary.sweep)
 
     def close(self) -> None:
@@ -224,6 +262,27 @@ async def is_intact(blobs: BlobStore, digest: Digest, bytes_per_second: float = 
     except OSError:
         return False
     return state.hexdigest() == digest.hex
+
+
+async def content_of(blobs: BlobSource, digest: Digest) -> bytes:
+    """Give all of a blob that is small; see `BlobSource.read`."""
+    return b"".join([block async for block in blobs.read(digest)])
+
+
+@asynccontextmanager
+async def local_files(blobs: BlobStore, digests: Iterable[Digest]) -> AsyncIterator[Mapping[Digest, Path]]:
+    """Give a file with each blob, fetched for the time being if the store has none; see `BlobSource.read`."""
+    with ExitStack() as stack:
+        files = {}
+        for digest in digests:
+            path = blobs.path(digest)
+            if path is None:
+                path = stack.enter_context(blobs.temporary_file())
+                async with await anyio.open_file(path, "wb") as file:
+                    async for block in blobs.read(digest):
+                        await file.write(block)
+            files[digest] = path
+        yield files
 
 
 def _info(status: os.stat_result) -> BlobInfo:

@@ -37,7 +37,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 Record = TypeVar("Record", PackedLayer, BuiltImage, ImageOrigin)
 
 # Counts up when the tables change, or the types whose JSON they hold.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Large columns come last: a query that reads the small ones of every image doesn't read those. `last_used`
 # has no index: it changes with every use, and only collectors sort by it.
@@ -66,6 +66,11 @@ CREATE TABLE IF NOT EXISTS blobs (
     PRIMARY KEY (digest, key)
 ) WITHOUT ROWID, STRICT;
 CREATE INDEX IF NOT EXISTS blobs_by_image ON blobs (key);
+CREATE TABLE IF NOT EXISTS image_indexes (
+    digest TEXT PRIMARY KEY,
+    created_at REAL NOT NULL,
+    content BLOB NOT NULL
+) WITHOUT ROWID, STRICT;
 CREATE TABLE IF NOT EXISTS tags (
     name TEXT NOT NULL,
     tag TEXT NOT NULL,
@@ -160,6 +165,19 @@ class BuildIndex:
             database.execute("DELETE FROM blobs WHERE key = ?", (key,))
             database.executemany("REPLACE INTO blobs VALUES (?, ?, ?, ?)", blobs)
             database.execute("REPLACE INTO tags VALUES (?, ?, ?)", (request.name, request.reference, key))
+
+    def image_index(self, digest: Digest) -> bytes | None:
+        """Give an OCI index that a tag once named; the images that it lists are made again if need be."""
+        query = "SELECT content FROM image_indexes WHERE digest = ?"
+        return next((content for (content,) in self._read(query, (digest.hex,))), None)
+
+    def remember_image_index(self, content: bytes) -> None:
+        """Remember an OCI index of images that are in this index."""
+        digest = Digest.of(content)
+        if self.image_index(digest) is None:
+            with self._writing() as database:
+                row = (digest.hex, self._clock(), content)
+                database.execute("REPLACE INTO image_indexes VALUES (?, ?, ?)", row)
 
     def remember_use(self, key: str) -> bool:
         """Remember that the image of this key is in use now; False if it isn't kept.
@@ -269,13 +287,18 @@ class BuildIndex:
             database.executemany("DELETE FROM layers WHERE digest = ?", [(each.hex,) for each in digests])
 
     def forget_origins(self, remembered: int) -> None:
-        """Forget images that were collected, all but as many as `remembered`, those used last."""
+        """Forget images that were collected, all but as many as `remembered`, and the oldest OCI indexes."""
         keys = self._ask(
             "SELECT key FROM images WHERE NOT kept ORDER BY last_used DESC LIMIT -1 OFFSET ?", (remembered,)
         )
         with self._writing() as database:
             for table in ("images", "blobs"):
                 database.executemany(f"DELETE FROM {table} WHERE key = ?", keys)  # noqa: S608 (see above)
+            database.execute(
+                "DELETE FROM image_indexes WHERE digest IN "
+                "(SELECT digest FROM image_indexes ORDER BY created_at DESC LIMIT -1 OFFSET ?)",
+                (remembered,),
+            )
 
     def close(self) -> None:
         """Close the file; nothing may be called after it."""

@@ -23,18 +23,27 @@ from granian.log import LogLevels
 from starlette.applications import Starlette
 
 import chandlery.demo
-from chandlery import __version__, image_name, image_output, logs, maintenance_commands
-from chandlery.app import access_control, certificate, create_app, image_builder, open_parts
-from chandlery.blob_store import FileBlobStore
+from chandlery import (
+    __version__,
+    image_name,
+    image_output,
+    logs,
+    maintenance_commands,
+    settings_commands,
+)
+from chandlery.app import access_control, certificate, create_app, image_builder, open_parts, vocabulary
+from chandlery.blob_store import BlobStore, content_of, local_files
 from chandlery.client_address import is_loopback
 from chandlery.closure import StorePath
+from chandlery.command_options import DataDir, SettingsFile
 from chandlery.data_folder import TemporaryFolder
-from chandlery.digest import Digest
 from chandlery.errors import ChandleryError, PackagesNotFoundError, SettingsError
 from chandlery.image_name import LATEST, ImageRequest
 from chandlery.nix import Nix
-from chandlery.oci import BuiltImage, ManifestFormat, Platform
+from chandlery.object_store import check_storage
+from chandlery.oci import BuiltImage, ManifestFormat
 from chandlery.root_layer import RootLayerOptions
+from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings
 from chandlery.tls import OLDEST_PROTOCOL, CertificateCopy
 
@@ -50,14 +59,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="A container registry whose images are built from Nix packages the moment they are pulled.\n\n"
     "Every option can be set by an environment variable, CHANDLERY_ and the option's name in capitals, or in "
-    "the TOML file that CHANDLERY_SETTINGS names.",
+    "the TOML file that --settings or CHANDLERY_SETTINGS names. `chandlery config` prints them all.",
 )
 
-DataDir = Annotated[Path | None, typer.Option(help="Where everything is kept.", show_default=False)]
 Source = Annotated[
     str | None,
     typer.Option(
-        help="The package set: debian!SUITE or path!FOLDER. [default: debian!bookworm]", show_default=False
+        help="The package set, such as nixpkgs!nixos-unstable, git!URL!BRANCH or path!FOLDER; "
+        "or the name of one in the settings file. [default: debian!bookworm]",
+        show_default=False,
     ),
 ]
 MaxLayers = Annotated[
@@ -103,19 +113,57 @@ def serve(
     ] = None,
     data_dir: DataDir = None,
     source: Source = None,
+    platforms: Annotated[
+        str | None,
+        typer.Option(
+            help="The platforms of image names that choose none: amd64,arm64. [default: what the source can]",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="A bucket for blobs: s3://, gs:// or az://BUCKET/PREFIX. [default: the data folder]",
+            show_default=False,
+        ),
+    ] = None,
+    users_file: Annotated[
+        Path | None, typer.Option(help="Who may pull: a file that htpasswd -B writes.", show_default=False)
+    ] = None,
+    anonymous: Annotated[
+        str | None,
+        typer.Option(
+            help="read: who has not logged in may pull, from other machines too.", show_default=False
+        ),
+    ] = None,
     max_layers: MaxLayers = None,
     compression: Compression = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="console for people, json for programs. [default: console]")
+    ] = None,
+    settings_file: SettingsFile = None,
 ) -> None:
     """Serve images until Ctrl-C.
 
     An image's name lists its packages: `docker run -it localhost:8080/shell/git/jq`.
     """
     settings = Settings.load(
-        host=host, port=port, data_dir=data_dir, source=source, max_layers=max_layers, compression=compression
+        settings_file,
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        source=source,
+        platforms=platforms.split(",") if platforms else None,
+        storage=storage,
+        users_file=users_file,
+        anonymous=anonymous,
+        max_layers=max_layers,
+        compression=compression,
+        log_format=log_format,
     )
     logs.configure(settings.log_format)
-    for variable in Settings.unknown_variables():
-        log.warning("an environment variable is no setting", variable=variable)
+    for notice in settings.notices:
+        log.warning(notice)
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     copy = certificate(settings)
@@ -125,7 +173,8 @@ def serve(
         typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
     scheme, pem = ("https", copy.file) if copy else ("http", None)
     shown = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else settings.host  # noqa: S104
-    typer.echo(f"Chandlery serves {settings.source} at {scheme}://{settings.host}:{settings.port}/. Try:\n")
+    source = without_secrets(settings.source)
+    typer.echo(f"Chandlery serves {source} at {scheme}://{settings.host}:{settings.port}/. Try:\n")
     typer.echo(f"  docker run -it {shown}:{settings.port}/shell/git/jq\n")
     Granian(
         "chandlery.app:create_app",
@@ -178,14 +227,17 @@ def build(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest and where each blob is, and nothing else.")
     ] = False,
+    settings_file: SettingsFile = None,
 ) -> None:
     """Build one image without a server.
 
     `chandlery build shell git jq --output image.tar`, then `docker load --input image.tar`.
     """
-    settings = Settings.load(data_dir=data_dir, source=source, max_layers=max_layers, compression=compression)
+    settings = Settings.load(
+        settings_file, data_dir=data_dir, source=source, max_layers=max_layers, compression=compression
+    )
     logs.configure(settings.log_format)
-    request = image_name.of_parts(packages, LATEST, Platform.of_host())
+    request = image_name.of_parts(packages, LATEST, vocabulary(settings))
     # Attribute paths may have capitals, names of images don't.
     name = name or request.name.lower()
     image_name.check(name, tag or LATEST)
@@ -202,6 +254,8 @@ def build(
 
 app.command()(maintenance_commands.scrub)
 app.command()(maintenance_commands.collect)
+app.command()(settings_commands.config)
+app.command()(settings_commands.doctor)
 
 
 @app.command()
@@ -230,30 +284,28 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """What `chandlery build` made, and where its blobs are."""
+    """What `chandlery build` made, its OCI manifest and its config, and where its blobs are."""
 
     reference: str
     image: BuiltImage
-    blobs: FileBlobStore
-
-    def files(self) -> dict[Digest, Path]:
-        """Give the file of every blob of the image, the OCI manifest included."""
-        manifest = self.image.manifests[ManifestFormat.OCI]
-        descriptors = (manifest, self.image.config, *(layer.descriptor for layer in self.image.layers))
-        return {each.digest: self.blobs.path(each.digest) for each in descriptors}
+    blobs: BlobStore
+    manifest: bytes
+    config: bytes
 
     def as_json(self) -> bytes:
-        """Give the contract of one build: the manifest, and path and MD5 (base64) of config and layers."""
-        config = self.image.config.digest
+        """Give the contract of one build: the manifest, and place and MD5 (base64) of config and layers.
+
+        The place is a `path`, or the `url` of an object in a bucket.
+        """
+        place = "path" if self.blobs.on_this_disk else "url"
         md5 = {layer.descriptor.digest: layer.md5 for layer in self.image.layers}
-        content = hashlib.md5(self.blobs.path(config).read_bytes(), usedforsecurity=False)
-        md5[config] = b64encode(content.digest()).decode()
-        manifest = self.blobs.path(self.image.manifests[ManifestFormat.OCI].digest).read_bytes()
+        content = hashlib.md5(self.config, usedforsecurity=False)
+        md5[self.image.config.digest] = b64encode(content.digest()).decode()
         return msgspec.json.encode(
             {
-                "manifest": msgspec.Raw(manifest),
+                "manifest": msgspec.Raw(self.manifest),
                 "layerLocations": {
-                    digest.hex: {"path": str(self.blobs.path(digest)), "md5": checksum}
+                    digest.hex: {place: self.blobs.location(digest), "md5": checksum}
                     for digest, checksum in sorted(md5.items())
                 },
             }
@@ -275,13 +327,19 @@ async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> 
         with TemporaryFolder(settings.data_dir / "tmp") as temporary:
             contents = [await _store_path(parts.nix, text, temporary.path) for text in wanted.contents]
             root_layer = RootLayerOptions(*wanted.owner, tuple(contents), wanted.extra_commands)
+            # Nobody renews pins in the background here, so whoever waits waits for that too.
+            await parts.sources.refresh(request.source)
             async with image_builder(settings, parts, root_layer) as builder:
                 image = await builder.image(request)
         tag = wanted.tag or image.manifests[ManifestFormat.OCI].digest.hex[:32]
-        built = _Built(f"{wanted.name}:{tag}", image, parts.blobs)
+        reference = f"{wanted.name}:{tag}"
+        manifest = image.manifests[ManifestFormat.OCI]
         if wanted.output is not None:
-            image_output.write(image, request.platform, built.reference, built.files(), wanted.output)
-        return built
+            needed = (manifest, image.config, *(layer.descriptor for layer in image.layers))
+            async with local_files(parts.blobs, [each.digest for each in needed]) as files:
+                image_output.write(image, request.platform, reference, files, wanted.output)
+        documents = [await content_of(parts.blobs, each.digest) for each in (manifest, image.config)]
+        return _Built(reference, image, parts.blobs, *documents)
 
 
 async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
@@ -311,12 +369,14 @@ def _load(settings: Settings, server: int) -> Starlette:
 
 async def _check(settings: Settings, copy: CertificateCopy | None) -> None:
     """Try all that can be tried before the first request; what takes longest comes last."""
+    if settings.storage:
+        await check_storage(settings.storage, settings.data_dir, settings.storage_options)
     async with open_parts(settings) as parts:
         access_control(settings)
         if copy:
             await asyncio.to_thread(copy.update)
         await parts.nix.check_build()
-        await parts.source.pin(LATEST, Platform.of_host())
+        await parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0])
 
 
 def _check_address(settings: Settings) -> None:

@@ -58,6 +58,32 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def locked_file(file: Path) -> Iterator[None]:
+    """Likewise, with a file of its own that is made for it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def durably_replace(file: Path, content: bytes) -> None:
+    """Write a small file: a kill or a power cut leaves the old content or the new. One process at a time."""
+    aside = file.with_name(f"{file.name}.new")
+    with aside.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    aside.rename(file)
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 @asynccontextmanager
 async def holding(folder: Path, operation: int = fcntl.LOCK_EX) -> AsyncIterator[None]:
     """Hold a folder's lock, against others of this process as well (flock(2): LOCK_EX or LOCK_SH).
@@ -114,6 +140,11 @@ class TemporaryFolder:
         finally:
             path.unlink(missing_ok=True)
 
+    def check(self) -> None:
+        """Raise `StorageError` unless files can be written here."""
+        with storage_errors(self.path), self.file() as file:
+            file.write_bytes(b"written")
+
     def sweep(self) -> None:
         """Remove what processes that died since have left."""
         with storage_errors(self._parent), locked(self._parent):
@@ -140,6 +171,17 @@ class RunMarker:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "running"
+
+    def is_held(self) -> bool:
+        """Tell whether a server runs; what the file says is left as it is."""
+        try:
+            lock = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _try_lock(lock, fcntl.LOCK_EX)
+        finally:
+            os.close(lock)
 
     def begin(self) -> float | None:
         """Note that a server runs; give since when files are in doubt, or None if none was killed."""

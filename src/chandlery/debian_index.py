@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from chandlery.debian_lock import DebianLock, parse_packages
-from chandlery.errors import SourceUnavailableError
+from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
 
 log = structlog.get_logger()
 
@@ -30,6 +30,12 @@ KEPT_LOCKS = 16
 
 _ALIASES = Path(__file__).parent / "nix" / "debian_aliases.json"
 _COMPONENT = "main"
+
+# Suites that stand on another: what they lack comes from there.
+_ADDITION = re.compile(r"(.+)-(?:backports|backports-sloppy|proposed-updates)")
+_ADDITIONS = {"experimental": "sid", "rc-buggy": "sid"}
+# Suites that get no updates of their own. It is known by name, since a mirror could leave out what it likes.
+_UPDATED_IN_PLACE = ("sid", "unstable")
 _APT_TIMEOUT = 300.0  # seconds; apt gives up on a silent mirror long before
 
 _APT_CONFIGURATION = """\
@@ -123,6 +129,11 @@ class DebianIndex:
             with suppress(OSError):
                 os.utime(self._folder / "locks" / revision, (now - number, now - number))
 
+    def remove(self) -> None:
+        """Remove the folder of a suite that was never there, so that nobody's guesses fill the disk."""
+        if self.current() is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def age(self) -> float:
         """Tell how many seconds ago the index was last fetched; infinity if never."""
         try:
@@ -159,7 +170,13 @@ class DebianIndex:
         (apt / "sources.list").write_text(
             "".join(f"deb {option}{each.address} {each.release} {_COMPONENT}\n" for each in repositories)
         )
-        await self._apt("apt-get", "-c", str(configuration), "update")
+        try:
+            await self._apt("apt-get", "-c", str(configuration), "update")
+        except SourceUnavailableError as error:
+            suite = re.escape(f"{repositories[0].address} {self._suite} Release'")
+            if re.search(rf"{suite} (does not have|no longer has) a Release file", error.reason):
+                raise SuiteNotFoundError(error.source, error.reason) from error
+            raise
         listed = await self._apt(
             "apt-get", "-c", str(configuration), "indextargets",
             "--format", "$(REPO_URI)|$(RELEASE)|$(FILENAME)", "Created-By: Packages",
@@ -191,6 +208,10 @@ class DebianIndex:
             unresolved=len(unresolved),
         )
 
+    async def addresses(self) -> list[str]:
+        """Give the addresses of the mirrors in force. Raises `SourceUnavailableError` if there are none."""
+        return list(dict.fromkeys(each.address for each in await self._repositories()))
+
     async def _repositories(self) -> list[Repository]:
         """List the suite, its updates and its security updates, at the mirrors in force."""
         main, security = self._mirrors.main, self._mirrors.security
@@ -203,11 +224,11 @@ class DebianIndex:
                 f"debian!{self._suite}",
                 "this machine's apt has no Debian mirror configured; set CHANDLERY_DEBIAN_MIRROR to one",
             )
-        wanted = [
-            (main, self._suite),
-            (main, f"{self._suite}-updates"),
-            (security, f"{self._suite}-security"),
-        ]
+        addition = _ADDITION.fullmatch(self._suite)
+        base = addition[1] if addition else _ADDITIONS.get(self._suite, self._suite)
+        wanted = [(main, each) for each in dict.fromkeys((self._suite, base))]
+        if base not in _UPDATED_IN_PLACE:
+            wanted += [(main, f"{base}-updates"), (security, f"{base}-security")]
         return [Repository(address.rstrip("/"), release) for address, release in wanted if address]
 
     async def _configured(self) -> Mapping[str, str]:

@@ -81,7 +81,8 @@ def _registry(work: Path, source: str | None, console: Console) -> Iterator[_Reg
     port = _free_port()
     data_dir, log = work / "data", work / "server.log"
     console.print(f"Starting a registry at 127.0.0.1:{port}, with a new Nix store in {data_dir}")
-    argv = [sys.executable, "-m", "chandlery", "serve", "--port", str(port), "--data-dir", str(data_dir)]
+    argv = [sys.executable, "-m", "chandlery", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--data-dir", str(data_dir)]
     if source:
         argv += ["--source", source]
     with log.open("wb") as output:

@@ -16,19 +16,28 @@ from starlette.types import Receive, Scope, Send
 from chandlery.access_control import AccessControl
 from chandlery.errors import (
     BlobNotFoundError,
+    BrokenError,
     BuildError,
     BuildTooLargeError,
     ChandleryError,
     CredentialsError,
     EvaluationError,
+    EvaluationFailedError,
+    EvaluationMemoryError,
+    EvaluationTimeoutError,
+    InfiniteRecursionError,
+    InsecureError,
     InvalidDigestError,
     InvalidNameError,
     InvalidReferenceError,
     InvalidSourceError,
+    NotAPackageError,
     NotFoundError,
     PullDeniedError,
     TryAgainError,
+    UnfreeError,
     UnsupportedEntryError,
+    UnsupportedSystemError,
 )
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -44,6 +53,16 @@ ANSWERS: Mapping[type[ChandleryError], tuple[int, str]] = {
     # Asking again gives the same: with this code podman doesn't.
     BuildError: (422, "MANIFEST_UNKNOWN"),
     EvaluationError: (422, "MANIFEST_UNKNOWN"),
+    UnfreeError: (422, "MANIFEST_UNKNOWN"),
+    BrokenError: (422, "MANIFEST_UNKNOWN"),
+    InsecureError: (422, "MANIFEST_UNKNOWN"),
+    UnsupportedSystemError: (422, "MANIFEST_UNKNOWN"),
+    NotAPackageError: (422, "MANIFEST_UNKNOWN"),
+    EvaluationFailedError: (422, "MANIFEST_UNKNOWN"),
+    InfiniteRecursionError: (422, "MANIFEST_UNKNOWN"),
+    # These too: what loops once loops again, and podman would have it evaluated four times.
+    EvaluationTimeoutError: (422, "MANIFEST_UNKNOWN"),
+    EvaluationMemoryError: (422, "MANIFEST_UNKNOWN"),
     BuildTooLargeError: (422, "MANIFEST_UNKNOWN"),
     InvalidSourceError: (422, "MANIFEST_UNKNOWN"),
     UnsupportedEntryError: (422, "MANIFEST_UNKNOWN"),

@@ -13,22 +13,34 @@ ChandleryError
 │   ├── BlobNotFoundError       no such blob
 │   └── PackagesNotFoundError   the package set has no such attribute paths
 ├── SourceUnavailableError      the package set can't be had now, and never was
+│   ├── SuiteNotFoundError      the Debian mirror answers, and has no such suite
 │   └── RevisionGoneError       the package set can't be had any more as it once was
-├── EvaluationError             packages that can't be evaluated, each with its reason
+├── EvaluationError             packages that can't be had, for different reasons; and if they have one:
+│   ├── UnfreeError             they are unfree
+│   ├── BrokenError             they are marked as broken
+│   ├── InsecureError           they are marked as insecure
+│   ├── UnsupportedSystemError  they aren't for this platform
+│   ├── NotAPackageError        the attribute paths lead to something else
+│   ├── EvaluationFailedError   their expressions fail
+│   ├── InfiniteRecursionError  their expressions need themselves
+│   ├── EvaluationTimeoutError  evaluation took longer than the limit
+│   └── EvaluationMemoryError   evaluation took more memory than the limit
 ├── BuildError                  Nix could not build something
 │   ├── BuildTimeoutError       it took longer than the limit
 │   └── DownloadError           something that it needs could not be fetched
 ├── BuildTooLargeError          an image is larger than this server makes
 ├── TryAgainError               not now: the same request succeeds later
 │   ├── BuildPendingError       the image is still being built
+│   │   └── PinPendingError     its package source is still being looked up
 │   ├── BuildStoppedError       the server stops, or stopped this build
 │   ├── TooManyBuildsError      the queue is full
+│   ├── TooManyReferencesError  so many tags of a source were asked for that no other is looked up
 │   └── RateLimitError          one client asks for too much
 ├── NixError                    Nix itself failed
 │   └── NixMissingError         there is no Nix
 ├── UnsupportedEntryError       a file that a layer can't hold
 ├── StorePathContentError       a file below nix-support that can't be understood
-└── StorageError                the data folder can't be read or written
+└── StorageError                the data folder, or the bucket, can't be read or written
     └── StorageFullError        no space left
 """
 
@@ -156,6 +168,10 @@ class SourceUnavailableError(ChandleryError):
         self.reason = reason
 
 
+class SuiteNotFoundError(SourceUnavailableError):
+    """The Debian mirror answers, and has no such suite, which it may have been told wrongly."""
+
+
 class RevisionGoneError(SourceUnavailableError):
     """The package source has moved on, and what it was at an older revision isn't kept."""
 
@@ -165,11 +181,113 @@ class RevisionGoneError(SourceUnavailableError):
 
 
 class EvaluationError(ChandleryError):
-    """Packages that are in the set but can't be evaluated, each with Nix's reason."""
+    """Packages that are in the set but can't be had, each with its reason; see `evaluation_error`.
 
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        super().__init__("; ".join(f"{name} can't be evaluated: {why}" for name, why in reasons.items()))
-        self.reasons = dict(reasons)
+    `reasons` are, by attribute path, {"reason": the word of a class, "message": Nix's or empty}.
+    """
+
+    reason = ""
+    is_so = "can't be evaluated"
+    advice = ""
+
+    def __init__(self, reasons: Mapping[str, Mapping[str, str]]) -> None:
+        kinds = {name: _evaluation_error_class(of["reason"]) for name, of in reasons.items()}
+        said = [
+            f"{name} {kinds[name].is_so}: {of['message']}" if of["message"] else f"{name} {kinds[name].is_so}"
+            for name, of in reasons.items()
+        ]
+        advice = dict.fromkeys(kind.advice for kind in kinds.values() if kind.advice)
+        super().__init__("; ".join([*said, *advice]))
+        self.reasons = {name: dict(of) for name, of in reasons.items()}
+
+
+class UnfreeError(EvaluationError):
+    """Packages with a licence that the package set refuses, unless its config allows it."""
+
+    reason = "unfree"
+    is_so = "is unfree"
+    advice = (
+        "the operator of this server can allow it in the source's config: allowUnfree = true, "
+        "or allowUnfreePackages = [its name] where nixpkgs is new enough for that"
+    )
+
+
+class BrokenError(EvaluationError):
+    """Packages that the package set marks as broken."""
+
+    reason = "broken"
+    is_so = "is marked as broken"
+    advice = (
+        "another revision of the package set may have it whole, or config.allowBroken = true lets it be tried"
+    )
+
+
+class InsecureError(EvaluationError):
+    """Packages with known vulnerabilities."""
+
+    reason = "insecure"
+    is_so = "is marked as insecure"
+    advice = (
+        "take another version of it; the operator of this server can allow one in the source's config: "
+        "permittedInsecurePackages = [its name and version]"
+    )
+
+
+class UnsupportedSystemError(EvaluationError):
+    """Packages that aren't for the platform."""
+
+    reason = "unsupported"
+    is_so = "is not available for this platform"
+    advice = "put amd64 or arm64 before the packages to choose another platform"
+
+
+class NotAPackageError(EvaluationError):
+    """Attribute paths that lead to something else than a package."""
+
+    reason = "not_a_package"
+    is_so = "is not a package"
+    advice = "name a package, such as one within that set, with a dot between their names"
+
+
+class EvaluationFailedError(EvaluationError):
+    """Packages whose expressions throw, abort, or can't be understood."""
+
+    reason = "failed"
+    advice = "this is for the authors of the package set to mend"
+
+
+class InfiniteRecursionError(EvaluationError):
+    """Packages whose expressions need their own value, or endlessly many others'."""
+
+    reason = "infinite_recursion"
+    advice = "this is for the authors of the package set to mend"
+
+
+class EvaluationTimeoutError(EvaluationError):
+    """Packages whose evaluation takes longer than the limit in the settings."""
+
+    reason = "time_limit"
+    is_so = "takes too long to evaluate"
+    advice = "the operator of this server can raise evaluation_timeout"
+
+
+class EvaluationMemoryError(EvaluationError):
+    """Packages whose evaluation takes more memory than the limit in the settings, or than there is."""
+
+    reason = "memory_limit"
+    is_so = "takes too much memory to evaluate"
+    advice = "the operator of this server can raise evaluation_memory"
+
+
+def evaluation_error(reasons: Mapping[str, Mapping[str, str]]) -> EvaluationError:
+    """Give the error of packages that can't be had: of its own class where all have one reason."""
+    kinds = {_evaluation_error_class(of["reason"]) for of in reasons.values()}
+    return (kinds.pop() if len(kinds) == 1 else EvaluationError)(reasons)
+
+
+def _evaluation_error_class(reason: str) -> type[EvaluationError]:
+    kinds = (kind for kind in EvaluationError.__subclasses__() if kind.reason == reason)
+    return next(kinds, EvaluationFailedError)
 
 
 class BuildError(ChandleryError):
@@ -223,6 +341,15 @@ class BuildPendingError(TryAgainError):
         self.position = position
 
 
+class PinPendingError(BuildPendingError):
+    """It isn't known yet what an image's tag means now: its package source takes long to answer."""
+
+    def __init__(self, image: str, source: str) -> None:
+        super().__init__(image, "", 0)
+        self.args = (f"{source} is still being looked up for {image}: pull again in a moment",)
+        self.source = source
+
+
 class BuildStoppedError(TryAgainError):
     """The build was stopped before its end, as it is when the server stops."""
 
@@ -239,6 +366,14 @@ class TooManyBuildsError(TryAgainError):
         super().__init__(f"{image} can't be built now: {limit} builds are waiting already; pull again later")
         self.image = image
         self.limit = limit
+
+
+class TooManyReferencesError(TryAgainError):
+    """So many different references of a package source were asked for that no other is looked up now."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(f"too many different tags of {source} were asked for lately: pull again in a moment")
+        self.source = source
 
 
 class RateLimitError(TryAgainError):
@@ -290,7 +425,7 @@ class StorePathContentError(ChandleryError):
 
 
 class StorageError(ChandleryError):
-    """The data folder can't be read or written."""
+    """The data folder can't be read or written, or the bucket that has the blobs."""
 
 
 class StorageFullError(StorageError):

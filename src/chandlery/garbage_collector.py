@@ -13,6 +13,8 @@ When both together take more than the limit, this goes, until they take nine ten
 Nothing is lost by it: an image that was collected is made again from its origin for whoever asks for it, by
 name or by digest. An image is forgotten before its blobs are deleted; a crash in between leaves blobs that
 nobody needs. How a blob is kept that somebody has just begun to count on is told in `leases`.
+
+Blobs that aren't on this disk, but in a bucket, don't count and stay: then only Nix's store is collected.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from chandlery.blob_store import BlobInfo, FileBlobStore
+from chandlery.blob_store import BlobInfo, BlobStore
 from chandlery.build_index import BuildIndex, RecordedImage
 from chandlery.digest import Digest
 from chandlery.errors import ChandleryError
@@ -52,7 +54,7 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class DiskLimits:
-    """How much blobs and Chandlery's own Nix store may take together, in bytes, or 0 for no limit.
+    """How much blobs on this disk and Chandlery's own Nix store may take, in bytes, or 0 for no limit.
 
     An image that was used in the last `grace` seconds stays.
     """
@@ -93,7 +95,7 @@ class GarbageCollector:
     """Collects garbage in a data folder that other processes may use at the same time."""
 
     def __init__(
-        self, blobs: FileBlobStore, index: BuildIndex, leases: Leases, nix: Nix, limits: DiskLimits
+        self, blobs: BlobStore, index: BuildIndex, leases: Leases, nix: Nix, limits: DiskLimits
     ) -> None:
         self._blobs = blobs
         self._index = index
@@ -114,11 +116,12 @@ class GarbageCollector:
         """Remove what dead processes left, and what has to go for the limit; or only tell what would go."""
         if not dry_run:
             await self.sweep()
-        inventory = await self._blobs.inventory()
+        local = self._blobs.on_this_disk
+        inventory = await self._blobs.inventory() if local else {}
         nix = sum((await self._nix_sizes()).values())
         done = Collected(self._limits.size, sum(info.size for info in inventory.values()), nix)
         if done.limit and done.size > done.limit:
-            images = deque(await asyncio.to_thread(self._index.least_recently_used))
+            images = deque(await asyncio.to_thread(self._index.least_recently_used) if local else ())
             references = await asyncio.to_thread(self._index.references)
             await self._collect(_Run(dry_run, inventory, images, references, done))
             log.info(

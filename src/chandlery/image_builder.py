@@ -9,7 +9,7 @@ again. How an image is made is told in `image_maker`.
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,15 +23,27 @@ from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
 from chandlery.build_queue import TAKEN_OVER, Build, BuildQueue, QueueLimits
 from chandlery.data_folder import TemporaryFolder
-from chandlery.errors import ChandleryError, DownloadError, NotFoundError, SourceUnavailableError
+from chandlery.digest import Digest
+from chandlery.errors import (
+    BuildError,
+    BuildPendingError,
+    BuildTooLargeError,
+    ChandleryError,
+    DownloadError,
+    EvaluationError,
+    NotFoundError,
+    PinPendingError,
+    UnsupportedEntryError,
+)
 from chandlery.image_maker import BuildLimits, ImageMaker, Job
 from chandlery.image_name import LATEST, ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.leases import Leases
 from chandlery.metrics import Metrics
 from chandlery.nix import Nix
-from chandlery.oci import BuiltImage
-from chandlery.package_source import PackageSource
+from chandlery.oci import INDEX_MEDIA_TYPE, BuiltImage, Descriptor, ManifestFormat, Platform, image_index
+from chandlery.pinned_source import PinnedSource
+from chandlery.sources import Sources
 from chandlery.unfinished_builds import UnfinishedBuilds
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -49,8 +61,54 @@ class BuildCapacity:
     build: BuildLimits = field(default_factory=BuildLimits)
 
 
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a tag names: the manifest or the index in every format, and the pin that it was made at.
+
+    `warnings` are for the person who pulls: why it isn't the newest, or not for every platform.
+    """
+
+    manifests: Mapping[ManifestFormat, Descriptor]
+    pin: PinnedSource
+    warnings: tuple[str, ...] = ()
+    is_index: bool = False
+
+
+# What a platform lacks that other platforms may have: it is left out of an index then.
+_LACKING = (NotFoundError, EvaluationError, BuildError, BuildTooLargeError, UnsupportedEntryError)
+
+
+def _most_urgent(errors: Sequence[BaseException]) -> BaseException:
+    """Choose of what went wrong: a mistake before trouble, and that before a build and what lacks."""
+
+    def urgency(error: BaseException) -> int:
+        if not isinstance(error, ChandleryError):
+            return 0
+        return 3 if isinstance(error, _LACKING) else 2 if isinstance(error, BuildPendingError) else 1
+
+    return min(errors, key=urgency)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+@asynccontextmanager
+async def _pending(image: str, source: str, timeout: float | None) -> AsyncIterator[None]:
+    """Wait for a package source no longer than for a build; it goes on looking, for who comes next."""
+    try:
+        async with asyncio.timeout(timeout):
+            yield
+    except TimeoutError as error:
+        raise PinPendingError(image, source) from error
+
+
 class ImageBuilder:
-    """Builds images of one package source; enter it to start, leave it to stop what is still being built.
+    """Builds images of some package sources; enter it to start, leave it to stop what is still being built.
 
     `folder` gets a log per build, `builds/<id>.log`, and in `tmp`, while a build runs, the links that keep
     its store paths from Nix's garbage collector.
@@ -58,7 +116,7 @@ class ImageBuilder:
 
     def __init__(
         self,
-        source: PackageSource,
+        sources: Sources,
         nix: Nix,
         blobs: BlobStore,
         index: BuildIndex,
@@ -69,7 +127,8 @@ class ImageBuilder:
         metrics: Metrics | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
-        self._source = source
+        self._sources = sources
+        self._blobs = blobs
         self._index = index
         self._leases = leases
         self._options = options
@@ -95,22 +154,82 @@ class ImageBuilder:
     async def image(
         self, request: ImageRequest, client: str = "", timeout: float | None = None
     ) -> BuiltImage:
-        """Give the image of a request, building it if it isn't known.
+        """Give the image of a request, for its platform; see `pull`."""
+        image, _ = await self._pinned_image(request, client, timeout)
+        return image
 
-        `client` is who asks, for fairness. Raises any `ChandleryError`; after `timeout` seconds it is
-        `BuildPendingError`, and the build goes on.
+    async def pull(
+        self, request: ImageRequest, client: str = "", timeout: float | None = None, *, index: bool = False
+    ) -> Pulled:
+        """Give what a tag names, building what isn't known: an image, or with `index` one for every platform.
+
+        An index is given only for a name that chooses no platform, where there are several. `client` is who
+        asks, for fairness. Raises any `ChandleryError`; after `timeout` seconds it is `BuildPendingError`,
+        and the build goes on.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        pin = await self._source.pin(request.reference, request.platform)
+        if request.any_platform:
+            platforms = self._sources.platforms(request.source)
+            if index and len(platforms) > 1:
+                return await self._pull_index(request, platforms, client, timeout)
+            if request.platform not in platforms:
+                request = replace(request, platform=platforms[0])
+        image, pin = await self._pinned_image(request, client, timeout)
+        return Pulled(image.manifests, pin, (pin.stale,) if pin.stale else ())
+
+    async def _pull_index(
+        self, request: ImageRequest, platforms: Sequence[Platform], client: str, timeout: float | None
+    ) -> Pulled:
+        """Build the images of all platforms, and list those in an index whose packages there are."""
+        results = await asyncio.gather(
+            *(
+                self._pinned_image(replace(request, platform=platform), client, timeout)
+                for platform in platforms
+            ),
+            return_exceptions=True,
+        )
+        images: list[tuple[Platform, BuiltImage]] = []
+        pins: list[PinnedSource] = []
+        warnings: list[str] = []
+        errors = [result for result in results if isinstance(result, BaseException)]
+        for platform, result in zip(platforms, results, strict=True):
+            if not isinstance(result, BaseException):
+                images.append((platform, result[0]))
+                pins.append(result[1])
+                warnings += [result[1].stale] if result[1].stale else []
+            elif not isinstance(result, _LACKING) or len(errors) == len(results):
+                raise _most_urgent(errors)
+            else:
+                log.info(
+                    "a platform is left out", image=request.name, platform=str(platform), why=str(result)
+                )
+                warnings.append(f"there is no image for {platform}: {result}")
+        manifests = {}
+        for each in ManifestFormat:
+            content = image_index(each, [(platform, image.manifests[each]) for platform, image in images])
+            manifests[each] = Descriptor(INDEX_MEDIA_TYPE[each], Digest.of(content), len(content))
+            if not await self._maker.has(manifests[each]):
+                await asyncio.to_thread(self._index.remember_image_index, content)
+                await self._blobs.put_bytes(content, INDEX_MEDIA_TYPE[each])
+        return Pulled(manifests, pins[0], tuple(dict.fromkeys(warnings)), is_index=True)
+
+    async def _pinned_image(
+        self, request: ImageRequest, client: str, timeout: float | None
+    ) -> tuple[BuiltImage, PinnedSource]:
+        deadline = _deadline(timeout)
+        source = self._sources.of(request.source)
+        async with _pending(request.name, source.text, timeout):
+            pin = await source.pin(request.reference, request.platform)
         try:
-            return await self._image_of(ImageOrigin(pin, request, self._options), client, deadline)
+            return await self._image_of(ImageOrigin(pin, request, self._options), client, deadline), pin
         except DownloadError:
             # A mirror drops what a newer index has replaced, so see whether there is one.
-            await self._source.refresh(_RETRY_AGE)
-            newer = await self._source.pin(request.reference, request.platform)
+            async with _pending(request.name, source.text, _left(deadline)):
+                await source.refresh(_RETRY_AGE)
+                newer = await source.pin(request.reference, request.platform)
             if newer == pin:
                 raise
-            return await self._image_of(ImageOrigin(newer, request, self._options), client, deadline)
+            origin = ImageOrigin(newer, request, self._options)
+            return await self._image_of(origin, client, deadline), newer
 
     async def remake(self, origin: ImageOrigin, client: str = "", timeout: float | None = None) -> BuiltImage:
         """Give the image of an origin that was recorded, building it if it isn't whole; see `image`.
@@ -120,17 +239,15 @@ class ImageBuilder:
         source isn't this builder's. Nothing is made up: an image made by other versions of what reaches its
         bytes has other digests.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         known = await self.known(origin.key)
         if known is not None:
             return known
-        pin = replace(origin.pin, nix=None)
-        try:
-            now = await self._source.pin(pin.tag, origin.request.platform)
-        except (NotFoundError, SourceUnavailableError):
+        async with _pending(origin.request.name, origin.pin.public_location, timeout):
+            pin = await self._sources.at(origin.pin, origin.request.platform)
+        if pin is None:
+            pin = replace(origin.pin, nix=None)
             log.info("a revision is gone", source=pin.location, revision=pin.revision)
-        else:
-            pin = now if now == pin else pin
         return await self._image_of(replace(origin, pin=pin), client, deadline)
 
     async def take_over(self) -> None:
@@ -143,7 +260,7 @@ class ImageBuilder:
 
     async def tags(self, request: ImageRequest) -> Sequence[str]:
         """Give the tags that an image has; `PackagesNotFoundError` when it can't have any."""
-        pin = await self._source.pin(LATEST, request.platform)
+        pin = await self._sources.of(request.source).pin(LATEST, request.platform)
         async with self._listing:
             await self._maker.resolve(ImageOrigin(pin, request, self._options))
         return sorted({LATEST, pin.tag, *self._index.tags(request.name)})
@@ -155,8 +272,8 @@ class ImageBuilder:
             return known
         self._metrics.looked_up("image", misses=1)
         self._limits.check_request(origin.request, self._folder)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return await self.queue.wait(origin.key, origin.title, client, partial(self._build, origin), left)
+        work = partial(self._build, origin)
+        return await self.queue.wait(origin.key, origin.title, client, work, _left(deadline))
 
     async def known(self, key: str) -> BuiltImage | None:
         """Give the image of a key, if it is kept and whole: then it is in use, and no collector takes it."""
@@ -166,10 +283,11 @@ class ImageBuilder:
         image = self._index.image(key)
         if image is None:
             return None
-        for descriptor in image.descriptors:
-            if not await self._maker.has(descriptor):
-                log.warning("a blob of a known image is missing", digest=str(descriptor.digest))
-                return None
+        # Together, as each takes a round trip if the blobs are in a bucket.
+        there = await asyncio.gather(*map(self._maker.has, image.descriptors))
+        if not all(there):
+            log.warning("a known image lacks blobs", missing=there.count(False))
+            return None
         return image
 
     async def _build(self, origin: ImageOrigin, build: Build) -> BuiltImage:

@@ -27,8 +27,9 @@ from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.digest import Digest
 from chandlery.errors import BuildTooLargeError, StorageFullError
-from chandlery.image_name import BASE_PACKAGES, SHELL_PACKAGES, ImageRequest
+from chandlery.image_name import ImageRequest
 from chandlery.image_origin import ImageOrigin
+from chandlery.image_profile import Profile
 from chandlery.layer_archive import layer_key, pack_store_paths
 from chandlery.layer_plan import STRATEGIES, LayerGroup
 from chandlery.leases import Lease
@@ -64,9 +65,6 @@ _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games",
     "SSL_CERT_FILE": "/etc/ssl/certs/ca-bundle.crt",
 }
-# Only a shell brings the locale along: without it, programs complain of a LANG that isn't there.
-_SHELL_ENVIRONMENT = {"LANG": "C.UTF-8"}
-_SHELL_COMMAND = "/bin/bash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +131,7 @@ class ImageMaker:
         plan = STRATEGIES[origin.options.strategy]
         groups = plan(closure, {}, min(origin.options.max_layers - 1, MOST_STORE_PATH_LAYERS))
         main = _main_package(origin.request, resolutions)
+        labels = _labels(origin, resolutions)
         async with _first_error_alone(), asyncio.TaskGroup() as tasks:
             root_task = tasks.create_task(self._root_layer(job, closure, wanted, main))
             # The largest first: one that comes last would keep one processor busy and the others idle.
@@ -141,7 +140,7 @@ class ImageMaker:
         root = root_task.result()
         layers = [(packing[group].result(), _history(group)) for group in groups]
         layers.append((root.layer, "chandlery: root filesystem"))
-        return await self._describe(job, closure, root, layers)
+        return await self._describe(job, closure, root, layers, labels)
 
     async def resolve(self, origin: ImageOrigin, *, remembered: bool = True) -> Mapping[str, Resolution]:
         """Find the derivations of an image's packages; see `PackageResolver.resolve`."""
@@ -193,7 +192,9 @@ class ImageMaker:
             "derivations": msgspec.json.encode(described).decode(),
         }
         together = await self._nix.instantiate("together.nix", arguments, job.roots)
-        await self._nix.realise([together], job.roots, job.build.log_file)
+        # Nobody has a binary cache of the Debian set, and a look at one may take seconds.
+        substitute = job.origin.pin.kind != "debian"
+        await self._nix.realise([together], job.roots, job.build.log_file, substitute=substitute)
 
     async def _layer(self, job: Job, group: LayerGroup) -> PackedLayer:
         """Give a group's layer, packing it unless it is known; never twice at once."""
@@ -222,15 +223,19 @@ class ImageMaker:
     ) -> RootLayer:
         """Pack the root filesystem; it is small, and no two images share it, so it isn't remembered alone."""
         options = job.origin.options.root_layer
-        owner = (options.uid, options.gid)
+        owner, account = (options.uid, options.gid), job.origin.request.profile.account
         final = job.origin.options.compression
         first = "none" if options.extra_commands else final
         store = self._nix.store_root
         with self._blobs.temporary_file() as file:
-            packed = await self._in_process(pack_root_layer, store, closure, wanted, owner, main, first, file)
+            packed = await self._in_process(
+                pack_root_layer, store, closure, wanted, owner, account, main, first, file
+            )
             if options.extra_commands:
                 changed = await self._run_extra_commands(job, file)
-                layer = await self._in_process(pack_changed_root_layer, store, changed, owner, final, file)
+                layer = await self._in_process(
+                    pack_changed_root_layer, store, changed, owner, account, final, file
+                )
                 packed = RootLayer(layer, packed.main_program)
             await self._put(job, packed.layer, file)
         return packed
@@ -246,16 +251,19 @@ class ImageMaker:
         return StorePath.parse(str((roots / "result").readlink()))
 
     async def _describe(
-        self, job: Job, closure: Closure, root: RootLayer, layers: Sequence[tuple[PackedLayer, str]]
+        self,
+        job: Job,
+        closure: Closure,
+        root: RootLayer,
+        layers: Sequence[tuple[PackedLayer, str]],
+        labels: Mapping[str, str],
     ) -> BuiltImage:
         """Put the config and both manifests into the blob store."""
         request = job.origin.request
-        command = _SHELL_COMMAND if request.shell else root.main_program
-        environment = _ENVIRONMENT | (_SHELL_ENVIRONMENT if request.shell else {})
-        container = ContainerConfig((command,) if command else (), environment)
+        container = _container(request.profile, root.main_program, labels)
         config = image_config(request.platform, layers, container)
         descriptors = [layer.descriptor for layer, _ in layers]
-        contents = {each: image_manifest(each, config, descriptors, {}) for each in ManifestFormat}
+        contents = {each: image_manifest(each, config, descriptors, labels) for each in ManifestFormat}
         await job.lease.take(*map(Digest.of, (config, *contents.values())))
         config_descriptor = await self._blobs.put_bytes(config, OCI_CONFIG)
         manifests = {
@@ -289,17 +297,11 @@ async def _first_error_alone() -> AsyncIterator[None]:
         raise group.exceptions[0] from None
 
 
-def _most_wanted_first(request: ImageRequest) -> list[str]:
-    """Order attribute paths for collisions: what was asked for, then the shell's, then what is always in."""
-    shell = SHELL_PACKAGES if request.shell else ()
-    return list(dict.fromkeys([*request.packages, *shell, *BASE_PACKAGES]))
-
-
 def _roots(
     request: ImageRequest, resolutions: Mapping[str, Resolution], contents: Sequence[StorePath]
 ) -> list[StorePath]:
     """Give the closure's roots, the most wanted first, each once."""
-    packages = (resolutions[path].store_path for path in _most_wanted_first(request))
+    packages = (resolutions[path].store_path for path in request.most_wanted_first)
     return list(dict.fromkeys([*contents, *packages]))
 
 
@@ -308,6 +310,39 @@ def _main_package(request: ImageRequest, resolutions: Mapping[str, Resolution]) 
         return None
     resolution = resolutions[request.packages[0]]
     return MainPackage(resolution.store_path, resolution.pname, resolution.main_program)
+
+
+def _container(profile: Profile, program: str | None, labels: Mapping[str, str]) -> ContainerConfig:
+    """Say what a container is started with; what a profile says counts more than what is found."""
+    command = profile.command
+    if program and not command and not profile.entrypoint:
+        command = (program,)
+    return ContainerConfig(
+        profile.entrypoint,
+        command,
+        {**_ENVIRONMENT, **profile.environment},
+        profile.user_and_group,
+        profile.working_directory,
+        [port if "/" in port else f"{port}/tcp" for port in profile.exposed_ports],
+        {**labels, **profile.labels},
+    )
+
+
+def _labels(origin: ImageOrigin, resolutions: Mapping[str, Resolution]) -> Mapping[str, str]:
+    """Say what the image is, and of which revision (image-spec, annotations.md).
+
+    All of it comes from the packages and the pin, so that it is the same on every machine.
+    """
+    pin, request = origin.pin, origin.request
+    found = [resolutions[path] for path in request.packages]
+    labels = {
+        "title": request.title,
+        "description": ", ".join(f"{each.pname} {each.version}".strip() for each in found),
+        "version": found[0].version if len(found) == 1 else "",
+        "source": pin.public_location,
+        "revision": pin.revision,
+    }
+    return {f"org.opencontainers.image.{name}": value for name, value in labels.items() if value}
 
 
 def _store_name(text: str) -> str:

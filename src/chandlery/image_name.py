@@ -1,14 +1,17 @@
 """What an image name asks for: `shell/git/jq` and a reference, to an `ImageRequest`. No I/O.
 
-The parts of a repository name are packages, in any order. Meta-packages stand before them: `shell` adds what
-people expect in an interactive shell, and `amd64` or `arm64` chooses the platform.
+The parts of a repository name are packages, in any order. Before them may stand, in any order, the name of a
+package source, `amd64` or `arm64` for the platform, and names of profiles, such as `shell`. What these are
+called is the `Vocabulary` of a server.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 
 from chandlery.errors import InvalidNameError, InvalidReferenceError
+from chandlery.image_profile import BASE_PACKAGES, SHIPPED, Profile
 from chandlery.oci import ARCHITECTURES, Platform
 
 # distribution-spec, "Pulling manifests": the grammars of <name> and of a tag.
@@ -20,27 +23,28 @@ _DIGEST = re.compile(r"sha256:[a-f0-9]{64}")
 _LONGEST_NAME = 255
 
 LATEST = "latest"
-SHELL = "shell"
 
-# In every image: a CA bundle, and the names of protocols and services.
-BASE_PACKAGES = ("cacert", "iana-etc")
 
-# In `shell` images. Names are nixpkgs'; a package set that isn't nixpkgs has them as aliases.
-SHELL_PACKAGES = (
-    "bashInteractive",
-    "coreutils",
-    "findutils",
-    "gawk",
-    "gnugrep",
-    "gnused",
-    "gnutar",
-    "gzip",
-    "less",
-    "nano",
-    "ncurses",
-    "procps",
-    "which",
-)
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What the first parts of image names mean on a server, beside packages.
+
+    `host` is the platform of names that choose none. `sources` are the names of package sources; the one that
+    is called `default_source`, if any, is that of names that choose none.
+    """
+
+    host: Platform
+    sources: frozenset[str] = frozenset()
+    default_source: str = ""
+    profiles: Mapping[str, Profile] = field(default_factory=lambda: SHIPPED)
+
+    def kind(self, part: str) -> str:
+        """Tell what a first part is: "platform", "source" or "profile"; empty for a package."""
+        if part in ARCHITECTURES:
+            return "platform"
+        if part in self.sources:
+            return "source"
+        return "profile" if part in self.profiles else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +52,44 @@ class ImageRequest:
     """What one pull asks for.
 
     `packages` are attribute paths as the client wrote them, sorted and without repeats, so `git/jq` and
-    `jq/git` are one image; what every image holds and what `shell` adds is not among them.
+    `jq/git` are one image; what every image holds and what profiles add is not among them. `source` is the
+    name of a package source, empty for the default one. `profile` is what `profiles` say, in all. With
+    `any_platform` the name chose none, and `platform` is the server's own.
     """
 
     packages: tuple[str, ...]
     platform: Platform
-    shell: bool = False
+    profiles: tuple[str, ...] = ()
+    source: str = ""
     reference: str = LATEST
+    profile: Profile = field(default_factory=Profile)
+    any_platform: bool = False
 
     @property
     def name(self) -> str:
         """The one spelling of all names of this image; without the platform."""
-        return "/".join((SHELL, *self.packages) if self.shell else self.packages)
+        return "/".join((*((self.source,) if self.source else ()), *self.profiles, *self.packages))
+
+    @property
+    def title(self) -> str:
+        """What an image calls itself: its name, without that of the source, which every server chooses."""
+        return "/".join((*self.profiles, *self.packages))
 
     @property
     def all_packages(self) -> tuple[str, ...]:
         """Every attribute path to resolve, sorted."""
-        return tuple(sorted({*self.packages, *BASE_PACKAGES, *(SHELL_PACKAGES if self.shell else ())}))
+        return tuple(sorted({*self.packages, *BASE_PACKAGES, *self.profile.packages}))
+
+    @property
+    def most_wanted_first(self) -> tuple[str, ...]:
+        """Every attribute path, for collisions: what was asked for, what profiles add, what is always in."""
+        return tuple(dict.fromkeys([*self.packages, *self.profile.packages, *BASE_PACKAGES]))
 
 
-def parse(name: str, reference: str, host: Platform) -> ImageRequest:
-    """Read a repository name and a reference; `host` is the platform of names that choose none.
-
-    Raises `InvalidNameError` and `InvalidReferenceError`.
-    """
+def parse(name: str, reference: str, vocabulary: Vocabulary) -> ImageRequest:
+    """Read a repository name and a reference. Raises `InvalidNameError` and `InvalidReferenceError`."""
     check(name, reference)
-    return of_parts(name.split("/"), reference, host)
+    return of_parts(name.split("/"), reference, vocabulary)
 
 
 def check(name: str, reference: str) -> None:
@@ -90,30 +106,45 @@ def check(name: str, reference: str) -> None:
         raise InvalidReferenceError(reference[:140])
 
 
-def of_parts(parts: Sequence[str], reference: str, host: Platform) -> ImageRequest:
-    """Read the parts of an image name: meta-packages, then attribute paths (which may have capitals here)."""
+def is_part(text: str) -> bool:
+    """Tell whether something may be a part of an image name."""
+    return re.fullmatch(_PART, text) is not None
+
+
+def of_parts(parts: Sequence[str], reference: str, vocabulary: Vocabulary) -> ImageRequest:
+    """Read the parts of an image name: first parts, then attribute paths (which may have capitals here)."""
     name = "/".join(parts)
-    shell = False
-    architecture: str | None = None
-    first_package = 0
+    first: dict[str, list[str]] = {"platform": [], "source": [], "profile": []}
+    packages: list[str] = []
     for part in parts:
-        if part == SHELL:
-            shell = True
-        elif part in ARCHITECTURES:
-            if architecture not in (None, part):
-                raise InvalidNameError(name, f"it asks for {architecture} and for {part}: choose one")
-            architecture = part
-        else:
-            break
-        first_package += 1
-    packages = parts[first_package:]
+        kind = vocabulary.kind(part)
+        if packages or not kind:
+            packages.append(part)
+        elif part not in first[kind]:
+            first[kind].append(part)
     for part in packages:
-        if part == SHELL or part in ARCHITECTURES:
-            raise InvalidNameError(name, f"{part} comes before the packages, as in {part}/{packages[0]}")
-    if not packages and not shell:
+        kind = vocabulary.kind(part)
+        if kind:
+            raise InvalidNameError(
+                name, f"{part} is a {kind} here, and comes before the packages: {part}/{packages[0]}"
+            )
+    for kind in ("platform", "source"):
+        if len(first[kind]) > 1:
+            raise InvalidNameError(name, f"it asks for {' and for '.join(first[kind])}: choose one")
+    profile = reduce(lambda merged, part: vocabulary.profiles[part].over(merged), first["profile"], Profile())
+    if not packages and not profile.packages:
         raise InvalidNameError(name, "it names no package")
-    platform = Platform("linux", architecture) if architecture else host
-    return ImageRequest(tuple(sorted(set(packages))), platform, shell, reference)
+    architecture = next(iter(first["platform"]), None)
+    source = next(iter(first["source"]), "")
+    return ImageRequest(
+        tuple(sorted(set(packages))),
+        Platform("linux", architecture) if architecture else vocabulary.host,
+        tuple(first["profile"]),
+        "" if source == vocabulary.default_source else source,
+        reference,
+        profile,
+        architecture is None,
+    )
 
 
 def is_digest(reference: str) -> bool:

@@ -12,7 +12,8 @@ from chandlery.digest import Digest
 from chandlery.image_name import ImageRequest
 from chandlery.layer_archive import ARCHIVE_VERSION
 from chandlery.layer_plan import PLAN_VERSION
-from chandlery.package_source import PinnedSource
+from chandlery.oci import DOCUMENTS_VERSION
+from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import ROOT_LAYER_VERSION, RootLayerOptions
 
 
@@ -34,6 +35,7 @@ class BuildOptions:
             str(PLAN_VERSION),
             str(ARCHIVE_VERSION),
             str(ROOT_LAYER_VERSION),
+            str(DOCUMENTS_VERSION),
             *self.root_layer.key_parts(),
         ]
 
@@ -52,8 +54,9 @@ class ImageOrigin:
         pin, request = self.pin, self.request
         return Digest.of_parts(
             [
-                *(pin.kind, pin.location, pin.revision, str(request.platform), str(request.shell)),
+                *(*pin.key_parts, str(request.platform), request.title),
                 *("options", *self.options.key_parts()),
+                *("profile", *request.profile.key_parts()),
                 *("packages", *request.packages),
                 # What these stand for may change with the version of Chandlery.
                 *("all packages", *request.all_packages),

@@ -2,7 +2,6 @@
 
 import asyncio
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,12 +10,12 @@ from rich.table import Table
 
 from chandlery import logs
 from chandlery.app import image_builder, open_parts
+from chandlery.command_options import DataDir, SettingsFile
 from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Finding, Scrub
 from chandlery.settings import Settings
 
-DataDir = Annotated[Path | None, typer.Option(help="Where everything is kept.", show_default=False)]
 Source = Annotated[
     str | None, typer.Option(help="The package set that images can be made of.", show_default=False)
 ]
@@ -26,12 +25,13 @@ def scrub(
     repair: Annotated[bool, typer.Option(help="Make again what is damaged or missing.")] = True,
     data_dir: DataDir = None,
     source: Source = None,
+    settings_file: SettingsFile = None,
 ) -> None:
     """Check the digest of every blob and the blobs of every image, and repair what can be.
 
     Prints what was wrong, and exits with 1 if something is wrong still.
     """
-    settings = Settings.load(data_dir=data_dir, source=source)
+    settings = Settings.load(settings_file, data_dir=data_dir, source=source)
     logs.configure(settings.log_format)
     if not asyncio.run(_scrub(settings, repair=repair)):
         raise typer.Exit(1)
@@ -47,9 +47,10 @@ def collect(
     ] = None,
     data_dir: DataDir = None,
     source: Source = None,
+    settings_file: SettingsFile = None,
 ) -> None:
     """Collect garbage once, as a server does all the time: down to the disk limit, and no further."""
-    settings = Settings.load(data_dir=data_dir, source=source, disk_limit=disk_limit)
+    settings = Settings.load(settings_file, data_dir=data_dir, source=source, disk_limit=disk_limit)
     logs.configure(settings.log_format)
     _print_collected(asyncio.run(_collect(settings, dry_run=dry_run)), dry_run=dry_run)
 

@@ -5,19 +5,29 @@ Content never changes under its digest, so the digest is the strong entity tag o
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
 from chandlery import byte_range
 from chandlery.byte_range import ByteRange
 from chandlery.digest import Digest
-from chandlery.oci import DOCKER_MANIFEST, OCI_MANIFEST, ManifestFormat
+from chandlery.oci import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST, ManifestFormat
 
 
-def accepted_format(accept: Iterable[str]) -> ManifestFormat:
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a client takes: the format of a manifest, and that of an index, None if it takes none."""
+
+    manifest: ManifestFormat
+    index: ManifestFormat | None
+
+
+def accepted_formats(accept: Iterable[str]) -> Accepted:
     """Choose from what a client's Accept headers say (section 12.5.1); OCI unless Docker is better.
 
-    A client that lists neither gets OCI, so that every pull works.
+    A client that lists no manifest gets OCI's, so that every pull works. An index is only for those that list
+    one: what takes `*/*` may not know what to do with it.
     """
     quality: dict[str, float] = {}
     for item in ",".join(accept).split(","):
@@ -29,7 +39,12 @@ def accepted_format(accept: Iterable[str]) -> ManifestFormat:
         nearest_first = (media_type, "application/*", "*/*")
         return next((quality[item] for item in nearest_first if item in quality), 0.0)
 
-    return ManifestFormat.DOCKER if of(DOCKER_MANIFEST) > of(OCI_MANIFEST) else ManifestFormat.OCI
+    oci_index, docker_index = (quality.get(each, 0.0) for each in (OCI_INDEX, DOCKER_MANIFEST_LIST))
+    index = ManifestFormat.DOCKER if docker_index > oci_index else ManifestFormat.OCI
+    return Accepted(
+        ManifestFormat.DOCKER if of(DOCKER_MANIFEST) > of(OCI_MANIFEST) else ManifestFormat.OCI,
+        index if max(oci_index, docker_index) > 0 else None,
+    )
 
 
 def entity_tag(digest: Digest) -> str:

@@ -1,21 +1,14 @@
 """The only caller of Nix: as a program, by argument vector, with JSON in and JSON out.
 
-Nix works in a store of its own in the data folder, or in the machine's. Either way it is configured by
-NIX_CONFIG, so that a call is the same on every machine. stdout and stderr are read at the same time: a build
-that says much on one of them never waits for somebody to read the other.
+Nix works in a store of its own in the data folder, or in the machine's. A package set is evaluated where it
+can read nothing but itself, and with limits of time and memory (see `nix_evaluation`).
 """
 
-import asyncio
-import grp
-import os
 import shutil
-import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import structlog
@@ -25,79 +18,49 @@ from chandlery.data_folder import storage_errors
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
+    EvaluationMemoryError,
+    EvaluationTimeoutError,
     NixError,
-    NixMissingError,
     StorageFullError,
 )
+from chandlery.nix_configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
+from chandlery.nix_evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
 from chandlery.nix_output import (
-    LOG_TAIL,
     DerivationMissingError,
+    LockedFlake,
+    archived_sources,
     build_error,
+    evaluation_failure,
     last_error,
+    locked_flake,
     log_tail,
     package_name,
     says_derivation_missing,
     says_disk_full,
+    says_outdated,
 )
-from chandlery.package_source import PinnedSource
+from chandlery.nix_process import Limits, Result, StoppedError, run
+from chandlery.pinned_source import PinnedSource
 from chandlery.store_gate import Passage, StoreGate
+
+__all__ = ["EXPRESSIONS", "LockedFlake", "Nix", "NixLimits", "NixOptions", "Resolution"]
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-EXPRESSIONS = Path(__file__).parent / "nix"
-
-# What a derivation of the embedded set finds of this machine in its sandbox: the programs that unpack a .deb.
-_SANDBOX_PATHS = ("/bin", "/usr", "/lib", "/lib64", "/var/lib/dpkg")
-# Seconds that Nix has to stop its builders before it is killed: Nix 2.8 overlooks a signal that comes while
-# it starts a builder, and no second one helps.
-_STOP_TIMEOUT = 3.0
+# Seconds in which names for suggestions must be there.
+_NAMES_TIMEOUT = 20.0
 
 # Bytes of a disk that is as good as full.
 _LEAST_SPACE = 1 << 20
-
-T = TypeVar("T")
-
-
-class Resolution(msgspec.Struct, frozen=True, kw_only=True):
-    """What an attribute path gives: a derivation, or why there is none (`nix/resolve.nix`)."""
-
-    status: str
-    name: str = ""
-    pname: str = ""
-    version: str = ""
-    main_program: str | None = msgspec.field(name="mainProgram", default=None)
-    derivation: str = msgspec.field(name="drvPath", default="")
-    output: str = ""
-    outputs: dict[str, str] = {}
-    message: str = ""
-
-    @property
-    def found(self) -> bool:
-        """Tell whether there is a derivation."""
-        return self.status == "found"
-
-    @property
-    def store_path(self) -> StorePath:
-        """The output that was asked for."""
-        return StorePath.parse(self.outputs[self.output])
-
-
-@dataclass(frozen=True, slots=True)
-class NixLimits:
-    """How much Nix may do at once, and how long it may take (seconds); `begun_after` is for `store_gate`."""
-
-    build_timeout: float = 3600.0
-    evaluation_timeout: float = 120.0
-    jobs: int = 4
-    begun_after: float = 30.0
 
 
 class Nix:
     """Nix with one store: `folder` holds a store of Chandlery's own, None stands for the machine's."""
 
-    def __init__(self, folder: Path | None, limits: NixLimits) -> None:
+    def __init__(self, folder: Path | None, limits: NixLimits, options: NixOptions | None = None) -> None:
         self._folder = folder
         self._limits = limits
+        self._configuration = NixConfiguration(folder, limits, options or NixOptions())
         # Whoever collects garbage of the machine's store knows of no gate.
         self._gate = StoreGate(folder, limits.begun_after) if folder else None
 
@@ -119,8 +82,9 @@ class Nix:
         It asks for user namespaces, which containers and hardened kernels may refuse.
         """
         built = await self._run(
-            "nix-build", "--no-out-link", str(EXPRESSIONS / "check.nix"), timeout=60.0, check=False
-        )
+            "nix-build", "--no-out-link", str(EXPRESSIONS / "check.nix"), *_arguments({}),
+            timeout=60.0, check=False,
+        )  # fmt: skip
         if built.code != 0 and says_disk_full(built.stderr):
             raise StorageFullError(str(self.store_root))
         if built.code != 0:
@@ -132,38 +96,62 @@ class Nix:
     async def resolve(
         self, source: PinnedSource, system: str, attribute_paths: Sequence[str]
     ) -> dict[str, Resolution]:
-        """Evaluate all attribute paths at once; one that can't be evaluated is an answer like any other."""
-        request = {"source": source.to_nix(), "system": system, "attributePaths": list(attribute_paths)}
-        try:
-            answers = await self._evaluate("resolve.nix", request, dict[str, Resolution])
-        except _EvaluationFailedError as error:
-            # Something that tryEval can't catch. Alone, each path shows whether it is the one.
-            if len(attribute_paths) == 1:
-                return {attribute_paths[0]: Resolution(status="failed", message=error.message)}
-            answers = {}
-            for path in attribute_paths:
-                answers |= await self.resolve(source, system, [path])
-            return answers
-        for path, answer in answers.items():
-            if not answer.found and answer.status != "not_found":
-                answers[path] = msgspec.structs.replace(answer, message=await self._explain(request, path))
-        return answers
+        """Evaluate all attribute paths; one that can't be evaluated is an answer like any other.
+
+        However many there are, it takes three times the limit of one evaluation at most.
+        """
+        evaluator = Evaluator(self._evaluate, self._limits.evaluation_timeout)
+        return await evaluator.resolve(PackageSet(source, system), attribute_paths)
 
     async def attribute_names(self, source: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
         """Give the names that a package set offers below an attribute path; none where that fails."""
-        request = {"source": source.to_nix(), "system": system, "parent": list(parent)}
-        try:
-            return await self._evaluate("attribute_names.nix", request, list[str])
-        except _EvaluationFailedError as error:
-            log.info("attribute names can't be listed", source=source.location, reason=error.message)
+        packages = PackageSet(source, system)
+        timeout = min(_NAMES_TIMEOUT, self._limits.evaluation_timeout)
+        names = await self._evaluate(packages, "attribute_names.nix", {"parent": list(parent)}, timeout)
+        if isinstance(names, Resolution):
+            log.info("attribute names can't be listed", source=packages.location, reason=names.message)
             return []
+        return msgspec.json.decode(names, type=list[str])
 
-    async def realise(self, derivations: Sequence[str], roots: Path, build_log: Path) -> None:
+    async def flake_metadata(self, reference: str) -> LockedFlake:
+        """Fetch a flake as it is now, with the operator's credentials. Raises `NixError`.
+
+        What it needs must be locked: a lock file that lacks something is an error, which says so.
+        """
+        result = await self._run(
+            "nix", "flake", "metadata", "--json", "--refresh", "--no-update-lock-file", reference,
+            purpose=Purpose.FETCH, timeout=self._limits.build_timeout,
+        )  # fmt: skip
+        if says_outdated(result.stderr):
+            raise NixError(f"nix could not reach it: {last_error(result.stderr)}")
+        return locked_flake(msgspec.json.decode(result.stdout))
+
+    async def flake_archive(self, flake: LockedFlake, roots: Path) -> list[StorePath]:
+        """Fetch all that a flake needs, and protect it and the flake like what `realise` builds.
+
+        After that it can be evaluated although nothing that it came from is there any more.
+        """
+        archived = await self._run(
+            "nix", "flake", "archive", "--json", "--no-update-lock-file", flake.reference,
+            purpose=Purpose.FETCH, timeout=self._limits.build_timeout,
+        )  # fmt: skip
+        paths = archived_sources(msgspec.json.decode(archived.stdout))
+        sources = sorted(set(map(StorePath.parse, paths)))
+        roots.mkdir(parents=True, exist_ok=True)
+        await self._run(
+            "nix-store", "--realise", *map(str, sources), "--add-root", str(roots / "source"), "--indirect",
+            timeout=self._limits.build_timeout,
+        )  # fmt: skip
+        return sources
+
+    async def realise(
+        self, derivations: Sequence[str], roots: Path, build_log: Path, *, substitute: bool = False
+    ) -> None:
         """Build what isn't there, and protect it from Nix's garbage collector by links in `roots`.
 
-        A derivation may be followed by `!` and the output that is wanted, else all of them are. Everything
-        that Nix says goes to `build_log` as it comes. Raises `BuildError`, `BuildTimeoutError` when the limit
-        is reached, `DerivationMissingError`.
+        A derivation may be followed by `!` and the output that is wanted, else all of them are. With
+        `substitute`, binary caches are asked first. Everything that Nix says goes to `build_log` as it comes.
+        Raises `BuildError`, `BuildTimeoutError` when the limit is reached, `DerivationMissingError`.
         """
         roots.mkdir(parents=True, exist_ok=True)
         command = ("nix-store", "--realise", *derivations, "--add-root", str(roots / "result"), "--indirect")
@@ -176,9 +164,13 @@ class Nix:
 
             try:
                 result = await self._run(
-                    *command, timeout=self._limits.build_timeout, on_line=write, check=False
+                    *command,
+                    purpose=Purpose.SUBSTITUTE if substitute else Purpose.BUILD,
+                    timeout=self._limits.build_timeout,
+                    on_output=write,
+                    check=False,
                 )
-            except _StoppedError as error:
+            except StoppedError as error:
                 what = ", ".join(package_name(path) for path in derivations)
                 tail = log_tail(build_log.read_text(errors="replace"))
                 raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
@@ -272,78 +264,59 @@ class Nix:
         It is protected like what `realise` builds, and with it all that it is built from.
         """
         roots.mkdir(parents=True, exist_ok=True)
-        argv = [word for name, value in arguments.items() for word in ("--argstr", name, value)]
         link = roots / "derivation"
         await self._run(
-            "nix-instantiate", str(EXPRESSIONS / expression), *argv, "--add-root", str(link), "--indirect",
+            "nix-instantiate", str(EXPRESSIONS / expression), *_arguments(arguments),
+            "--add-root", str(link), "--indirect",
             timeout=self._limits.evaluation_timeout,
         )  # fmt: skip
         return str(link.readlink())
 
-    async def _explain(self, request: Mapping[str, Any], attribute_path: str) -> str:
-        """Evaluate one attribute path unguarded, to hear what Nix says of it."""
-        try:
-            await self._evaluate("explain.nix", {**request, "attributePaths": [attribute_path]}, str)
-        except _EvaluationFailedError as error:
-            return error.message
-        return ""
-
-    async def _evaluate(self, expression: str, request: Mapping[str, Any], answer: type[T]) -> T:
+    async def _evaluate(
+        self,
+        packages: PackageSet,
+        expression: str,
+        about: Mapping[str, Any],
+        timeout: float,
+        on_output: Callable[[bytes], object] | None = None,
+    ) -> bytes | Resolution:
+        """Evaluate an expression about a package set; see `Evaluate`."""
         try:
             result = await self._run(
                 "nix-instantiate", "--eval", "--strict", "--json", "--read-write-mode",
-                str(EXPRESSIONS / expression), "--argstr", "request", msgspec.json.encode(request).decode(),
-                timeout=self._limits.evaluation_timeout, check=False,
+                *packages.arguments(expression, about),
+                purpose=packages.purpose, timeout=timeout, memory=self._limits.evaluation_memory,
+                on_output=on_output, check=False,
             )  # fmt: skip
-        except _StoppedError as error:
-            raise _EvaluationFailedError(str(error)) from error
-        if result.code != 0:
-            raise _EvaluationFailedError(last_error(result.stderr))
-        return msgspec.json.decode(result.stdout, type=answer)
+        except StoppedError as error:
+            return failed(str(error), EvaluationTimeoutError.reason)
+        if result.code == 0:
+            return result.stdout.encode()
+        reason, message = evaluation_failure(result.code, result.stderr)
+        limit = self._limits.evaluation_memory
+        if reason == EvaluationMemoryError.reason and limit:
+            message += f"; the limit on this server is {limit / (1 << 30):.3g} GiB"
+        return failed(packages.shortened(message), reason)
 
     async def _run(
         self,
         program: str,
         *arguments: str,
         timeout: float,
-        on_line: Callable[[bytes], object] | None = None,
+        purpose: Purpose = Purpose.OWN,
+        memory: int = 0,
+        on_output: Callable[[bytes], object] | None = None,
         check: bool = True,
-    ) -> "_Result":
-        """Run one of Nix's programs; after `timeout` seconds it is stopped, and `_StoppedError` raised."""
-        if shutil.which(program) is None:
-            raise NixMissingError(program)
-        process = await asyncio.create_subprocess_exec(
-            program,
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=self._environment(),
-            start_new_session=True,
-        )
-        assert process.stdout is not None  # noqa: S101
-        assert process.stderr is not None  # noqa: S101
-        tail: deque[bytes] = deque(maxlen=400)
-        try:
-            async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
-                output = group.create_task(process.stdout.read())
-                group.create_task(_read_lines(process.stderr, tail, on_line))
-                group.create_task(process.wait())
-        except TimeoutError as error:
-            raise _StoppedError(
-                f"{program} was stopped after {timeout:g} s, the limit on this server"
-            ) from error
-        finally:
-            if process.returncode is None:
-                await _stop(process)
-        code = process.returncode or 0
-        stderr = b"".join(tail).decode(errors="replace")
-        if code != 0 and self._is_full(stderr):
+    ) -> Result:
+        """Run one of Nix's programs; after `timeout` seconds it is stopped, and `StoppedError` raised."""
+        environment = self._configuration.environment(purpose)
+        result = await run((program, *arguments), environment, Limits(timeout, memory), on_output)
+        if result.code != 0 and self._is_full(result.stderr):
             raise StorageFullError(str(self.store_root))
-        if check and code != 0:
-            kind = DerivationMissingError if says_derivation_missing(stderr) else NixError
-            raise kind(f"{program}: {last_error(stderr)}")
-        return _Result(code, output.result().decode(), stderr)
+        if check and result.code != 0:
+            kind = DerivationMissingError if says_derivation_missing(result.stderr) else NixError
+            raise kind(f"{program}: {last_error(result.stderr)}")
+        return result
 
     def _is_full(self, stderr: str) -> bool:
         """Tell whether it is the disk that a program failed for."""
@@ -353,97 +326,8 @@ class Nix:
         disk = self._folder or Path("/nix")
         return "disk I/O error" in stderr and shutil.disk_usage(disk).free < _LEAST_SPACE
 
-    def _environment(self) -> dict[str, str]:
-        """Give the environment of a call: this process's, less what would make Nix behave otherwise."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("NIX_")}
-        for name in ("NIX_SSL_CERT_FILE", "NIX_REMOTE") if self._folder is None else ("NIX_SSL_CERT_FILE",):
-            if name in os.environ:
-                environment[name] = os.environ[name]
-        environment["LC_ALL"] = "C.UTF-8"
-        settings = {
-            "experimental-features": "nix-command",
-            "sandbox": "true",
-            "extra-sandbox-paths": " ".join(path for path in _SANDBOX_PATHS if Path(path).exists()),
-            # How often (seconds) to see whether another Nix has built what this one waits for; 5 if not set.
-            "build-poll-interval": "1",
-            "max-jobs": str(self._limits.jobs),
-            "connect-timeout": "15",
-            "stalled-download-timeout": "60",
-            "download-attempts": "3",
-            "log-lines": str(LOG_TAIL),
-        }
-        if self._folder is not None:
-            settings |= {"store": str(self._folder), "build-users-group": "", "substituters": ""}
-            # The machine's own configuration is about the machine's own store.
-            environment["NIX_CONF_DIR"] = str(self._folder / "etc")
-            environment["NIX_USER_CONF_FILES"] = ""
-            environment["XDG_CACHE_HOME"] = str(self._folder / "cache")
-        elif os.geteuid() == 0 and not _has_build_users():
-            # Debian's nix-bin alone makes no users to build as, and Nix would refuse to build without.
-            settings["build-users-group"] = ""
-        environment["NIX_CONFIG"] = "".join(f"{name} = {value}\n" for name, value in settings.items())
-        return environment
 
-
-def _has_build_users() -> bool:
-    try:
-        grp.getgrnam("nixbld")
-    except KeyError:
-        return False
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    code: int
-    stdout: str
-    stderr: str
-
-
-class _StoppedError(NixError):
-    """A program of Nix took longer than its limit."""
-
-
-class _EvaluationFailedError(Exception):
-    """Nix could not evaluate something; `message` is its reason."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-async def _read_lines(
-    stream: asyncio.StreamReader, tail: deque[bytes], on_line: Callable[[bytes], object] | None
-) -> None:
-    """Read to the end, in pieces that may be longer than a line: builders print what they like."""
-    while piece := await stream.read(64 * 1024):
-        tail.append(piece)
-        if on_line is not None:
-            on_line(piece)
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """Stop Nix and its builders: politely first, so that it can clean up."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_TIMEOUT):
-                await process.wait()
-                return
-        # Builders have sessions of their own, and would outlive a Nix that is killed.
-        os.killpg(process.pid, signal.SIGSTOP)
-        for number in (*_descendants(process.pid), process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_STOP_TIMEOUT):
-            await process.wait()
-
-
-def _descendants(process: int) -> list[int]:
-    """Give the processes that come of a process (proc(5), "/proc/pid/task/tid/children")."""
-    children: list[int] = []
-    for listed in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            children += map(int, listed.read_text().split())
-    return [*children, *(each for child in children for each in _descendants(child))]
+def _arguments(arguments: Mapping[str, str]) -> list[str]:
+    """Give the arguments of Nix for an expression of Chandlery's own that builds something."""
+    described = {**arguments, "hostPaths": msgspec.json.encode(host_paths()).decode()}
+    return [word for name, value in described.items() for word in ("--argstr", name, value)]

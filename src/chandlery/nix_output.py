@@ -1,10 +1,27 @@
 """What Nix says on stderr, and which error that is. No I/O."""
 
 import re
+from base64 import b64decode
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
 
-from chandlery.errors import BuildError, DownloadError, NixError
+from chandlery.errors import (
+    BrokenError,
+    BuildError,
+    BuildTimeoutError,
+    DownloadError,
+    EvaluationError,
+    EvaluationFailedError,
+    EvaluationMemoryError,
+    InfiniteRecursionError,
+    InsecureError,
+    NixError,
+    UnfreeError,
+    UnsupportedSystemError,
+)
 
 # Lines of builders' output that an error repeats.
 LOG_TAIL = 20
@@ -12,6 +29,7 @@ LOG_TAIL = 20
 _LAST_WORDS = 30
 
 _BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
+_TIMED_OUT = re.compile(r"error: building of '([^'!^]+)[^']*' .*timed out after (\d+) seconds")
 # A line that ends with "retrying" is not the last word.
 _DOWNLOAD_FAILED = re.compile(
     r"^error: (unable to download (?!.* retrying in).*|hash mismatch in fixed-output derivation .*)",
@@ -24,10 +42,31 @@ _MISSING_DERIVATION = re.compile(
     # Nix 2.8 may find a path that a build needs, and lose it to the collector before it protects it.
     r"|error: path '/nix/store/[^']+' is not valid"
 )
-_TRACE_HINT = " (use '--show-trace' to show detailed location information)"
+_TRACE_HINT = "(use '--show-trace' to show detailed location information)"
 _NIX_LINE = re.compile(
     r"(this|these) .*(will be (built|fetched)|derivations?)|  /nix/store/|building '|error: |warning: "
+    r"|disabling binary cache "
 )
+# What nixpkgs' check-meta.nix throws, and Nix itself: of a package that is asked for, or that it needs.
+_REFUSALS: Sequence[tuple[type[EvaluationError], re.Pattern[str]]] = (
+    (UnfreeError, re.compile("has an unfree license")),
+    (BrokenError, re.compile("is marked as broken")),
+    (InsecureError, re.compile("is marked as insecure")),
+    (
+        UnsupportedSystemError,
+        re.compile("is not available on the requested hostPlatform|is not supported on"),
+    ),
+    (InfiniteRecursionError, re.compile("infinite recursion encountered|stack overflow")),
+)
+# The first is said by Boehm's collector, the others by Nix.
+_OUT_OF_MEMORY = re.compile(
+    r"^GC Warning: Out of Memory!|^error: (?:std::bad_alloc|out of memory)$", re.MULTILINE
+)
+# What nixpkgs says after the reason is for people at their own Nix.
+_REMEDIATION = re.compile(r",? ?(?:refusing to evaluate\.)?(?: a\) .*)?$", re.DOTALL)
+# A line that is longer has no answer.
+_LONGEST_LINE = 1 << 20
+_OUTDATED = re.compile("could not update local clone|using cached version")
 _DISK_FULL = re.compile("No space left on device|disk is full", re.IGNORECASE)
 
 
@@ -43,10 +82,85 @@ def build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildErro
     refused = _DOWNLOAD_FAILED.search(stderr)
     if refused is not None:
         return DownloadError(", ".join(map(package_name, derivations)), refused[1], tail)
+    timed_out = _TIMED_OUT.search(stderr)
+    if timed_out is not None:
+        return BuildTimeoutError(package_name(timed_out[1]), int(timed_out[2]), tail)
     failed = _BUILDER_FAILED.search(stderr)
     if failed is not None:
         return BuildError(package_name(failed[1]), f"its builder {failed[2]}", tail)
     return BuildError(", ".join(map(package_name, derivations)), last_error(stderr), tail)
+
+
+def evaluation_failure(code: int, stderr: str) -> tuple[str, str]:
+    """Read why an evaluation failed: the `reason` of an `EvaluationError`, and Nix's words."""
+    if code < 0:
+        return EvaluationMemoryError.reason, f"Nix was killed by signal {-code}"
+    if _OUT_OF_MEMORY.search(stderr):
+        return EvaluationMemoryError.reason, "Nix was out of memory"
+    message = last_error(stderr)
+    for kind, said in _REFUSALS:
+        if said.search(message):
+            return kind.reason, _REMEDIATION.sub("", message, count=1)
+    return EvaluationFailedError.reason, message
+
+
+class MarkedLines:
+    """Takes a stream in pieces, and gives what follows a mark in its lines to `on_line`."""
+
+    def __init__(self, mark: str, on_line: Callable[[bytes], object]) -> None:
+        self._mark = mark.encode()
+        self._on_line = on_line
+        self._rest = b""
+
+    def __call__(self, piece: bytes) -> None:
+        """Take the next piece."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            _, mark, text = line.partition(self._mark)
+            if mark:
+                self._on_line(text)
+        if len(self._rest) > _LONGEST_LINE:
+            self._rest = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LockedFlake:
+    """A flake as it was at one moment.
+
+    `location` is where that can be had again, with the credentials that were in the address. `revision` is
+    that of git, or the sha256 of the content; `last_modified` is in seconds since 1970. `reference` is what
+    evaluation takes: it names the source in the store.
+    """
+
+    location: str
+    revision: str
+    last_modified: int
+    reference: str
+
+
+def locked_flake(metadata: Mapping[str, Any]) -> LockedFlake:
+    """Read what `nix flake metadata --json` says."""
+    locked = metadata["locked"]
+    revision = locked.get("rev") or b64decode(locked["narHash"].removeprefix("sha256-")).hex()
+    # Of what isn't in git this is the time of a file, which is no part of the revision.
+    last_modified = locked.get("lastModified", 1) if "rev" in locked else 1
+    known = {name: locked[name] for name in ("narHash", "rev", "revCount", "dir") if name in locked}
+    query = urlencode(known | {"lastModified": last_modified}, quote_via=quote)
+    location = metadata.get("url") or metadata["resolvedUrl"]
+    return LockedFlake(location, revision, last_modified, f"path:{metadata['path']}?{query}")
+
+
+def archived_sources(archive: Mapping[str, Any]) -> Iterator[str]:
+    """Read what `nix flake archive --json` says: store paths of a flake and all its inputs, with repeats."""
+    if "path" in archive:
+        yield archive["path"]
+    for each in archive.get("inputs", {}).values():
+        yield from archived_sources(each)
+
+
+def says_outdated(output: str) -> bool:
+    """Tell whether Nix could not reach something, and went on with what it had."""
+    return _OUTDATED.search(output) is not None
 
 
 def log_tail(output: str) -> list[str]:
@@ -69,11 +183,13 @@ def last_error(stderr: str) -> str:
     for line in after.splitlines():
         if re.match(r"\s*(at|…|… ) ?", line) and (" at " in f" {line.strip()} " or "…" in line):
             break
+        if line.strip().startswith("warning: ") and kept:
+            break
         if line.strip():
             kept.append(line.strip())
         elif kept:
             break
-    return " ".join(kept).replace(_TRACE_HINT, "") or "no reason given"
+    return " ".join(kept).replace(_TRACE_HINT, "").strip() or "no reason given"
 
 
 def says_disk_full(output: str) -> bool:

@@ -19,6 +19,9 @@ from chandlery.digest import Digest
 # epoch, as file times in the Nix store: some tools take 0 for "not set".
 CREATED = "1970-01-01T00:00:01Z"
 
+# Counts up when the same layers get another config or manifest.
+DOCUMENTS_VERSION = 2
+
 
 class ManifestFormat(StrEnum):
     """The two families of media types that clients ask for in Accept."""
@@ -32,11 +35,13 @@ OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_MANIFEST_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 DOCKER_LAYER_TAR = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
 MANIFEST_MEDIA_TYPE = {ManifestFormat.OCI: OCI_MANIFEST, ManifestFormat.DOCKER: DOCKER_MANIFEST}
+INDEX_MEDIA_TYPE = {ManifestFormat.OCI: OCI_INDEX, ManifestFormat.DOCKER: DOCKER_MANIFEST_LIST}
 
 _DOCKER_LAYER = {OCI_LAYER: DOCKER_LAYER_TAR, f"{OCI_LAYER}+gzip": DOCKER_LAYER_GZIP}
 
@@ -124,19 +129,24 @@ class BuiltImage:
 class ContainerConfig:
     """What a container is started with (image-spec, config.md, the "config" property)."""
 
+    entrypoint: Sequence[str] = ()
     command: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     user: str = ""
     working_directory: str = ""
+    exposed_ports: Sequence[str] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Leave out what is empty, as other image makers do."""
         given = {
+            "Entrypoint": list(self.entrypoint),
             "Cmd": list(self.command),
             "Env": [f"{name}={value}" for name, value in sorted(self.environment.items())],
             "User": self.user,
             "WorkingDir": self.working_directory,
+            # A set, written as Go encodes one.
+            "ExposedPorts": {port: {} for port in sorted(self.exposed_ports)},
             "Labels": dict(self.labels),
         }
         return {name: value for name, value in given.items() if value}
@@ -193,3 +203,23 @@ def image_manifest(
     if annotations and not docker:
         manifest["annotations"] = dict(annotations)
     return canonical_json(manifest)
+
+
+def image_index(manifest_format: ManifestFormat, manifests: Sequence[tuple[Platform, Descriptor]]) -> bytes:
+    """Give an index of one image for several platforms.
+
+    It is that of image-spec (image-index.md), or Docker's manifest list.
+    """
+    return canonical_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": INDEX_MEDIA_TYPE[manifest_format],
+            "manifests": [
+                {
+                    **manifest.to_json(),
+                    "platform": {"architecture": target.architecture, "os": target.os},
+                }
+                for target, manifest in manifests
+            ],
+        }
+    )

@@ -8,17 +8,27 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import structlog
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
 from chandlery.build_index import BuildIndex
 from chandlery.digest import Digest
-from chandlery.errors import EvaluationError, PackagesNotFoundError
+from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
 from chandlery.metrics import Metrics
 from chandlery.nix import Nix, Resolution
-from chandlery.package_source import PinnedSource
+from chandlery.pinned_source import PinnedSource
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# Goes up when the expressions of `nix/` make other derivations of the same package set.
+_DERIVATIONS_VERSION = "2"
 
 _SUGGESTIONS = 3
+# Sets of names that are kept, those within sets included.
+_MOST_PLACES = 100
+# Seconds that who pulls waits for suggestions, at most.
+_SUGGESTIONS_TIMEOUT = 20.0
 _CANDIDATES = 50
 # Of 1: as many letters as the longer name has, less the mistakes between them, over that number.
 _SIMILAR_ENOUGH = 0.5
@@ -56,7 +66,7 @@ class PackageResolver:
 
         Raises `PackagesNotFoundError` and `EvaluationError`, each with all the packages that it is about.
         """
-        pin_key = Digest.of_parts([pin.kind, pin.location, pin.revision, system]).hex
+        pin_key = Digest.of_parts([_DERIVATIONS_VERSION, *pin.key_parts, system]).hex
         known: dict[str, Resolution] = {}
         if remembered:
             records = self._index.resolutions(pin_key, attribute_paths)
@@ -69,9 +79,11 @@ class PackageResolver:
         missing = [path for path in unknown if answers[path].status == "not_found"]
         if missing:
             raise PackagesNotFoundError(missing, await self._suggestions(pin, system, missing))
-        refused = {path: answers[path].message for path in unknown if not answers[path].found}
+        refused = {path: answers[path] for path in unknown if not answers[path].found}
         if refused:
-            raise EvaluationError(refused)
+            raise evaluation_error(
+                {path: {"reason": each.status, "message": each.message} for path, each in refused.items()}
+            )
         records = {path: msgspec.json.encode(answer) for path, answer in answers.items()}
         await asyncio.to_thread(self._index.remember_resolutions, pin_key, records)
         return known | answers
@@ -79,22 +91,38 @@ class PackageResolver:
     async def _suggestions(
         self, pin: PinnedSource, system: str, missing: Sequence[str]
     ) -> Mapping[str, Sequence[str]]:
-        """Find the nearest names that the package set has, by edit distance."""
-        suggestions = {}
-        for path in missing:
-            *parent, last = path.split(".")
-            names = await self._names_below(pin, system, parent)
-            found = [".".join([*parent, name]) for name in nearest(last, names)]
-            if parent and not found:
-                # The dots may be part of a name, as in Debian's python3.11.
-                found = nearest(path, await self._names_below(pin, system, []), _SIMILAR_WITH_DOTS)
-            suggestions[path] = found
+        """Find the nearest names that the package set has, by edit distance; those that are found in time."""
+        suggestions: dict[str, Sequence[str]] = {path: [] for path in missing}
+        try:
+            async with asyncio.timeout(_SUGGESTIONS_TIMEOUT):
+                for path in missing:
+                    suggestions[path] = await self._nearest(pin, system, path)
+        except (TimeoutError, NixError, StorageError) as error:
+            log.info("no suggestions", source=pin.location, reason=str(error) or "it took too long")
         return suggestions
 
+    async def _nearest(self, pin: PinnedSource, system: str, path: str) -> list[str]:
+        *parent, last = path.split(".")
+        names = await self._names_below(pin, system, parent)
+        found = [".".join([*parent, name]) for name in await asyncio.to_thread(nearest, last, names)]
+        if parent and not found:
+            # The dots may be part of a name, as in Debian's python3.11.
+            names = await self._names_below(pin, system, [])
+            found = await asyncio.to_thread(nearest, path, names, _SIMILAR_WITH_DOTS)
+        return found
+
     async def _names_below(self, pin: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
-        place = (pin.kind, pin.location, pin.revision, system, *parent)
-        if place not in self._names:
-            # A package set may have 100,000 names: those of earlier pins are let go.
-            self._names = {known: names for known, names in self._names.items() if known[2] == pin.revision}
-            self._names[place] = await self._nix.attribute_names(pin, system, parent)
-        return self._names[place]
+        place = (*pin.key_parts, system, *parent)
+        names = self._names.get(place)
+        if names is None:
+            names = await self._nix.attribute_names(pin, system, parent)
+            # A package set may have 100,000 names: those of a source's earlier pins are let go.
+            self._names = {
+                known: of
+                for known, of in self._names.items()
+                if known[:2] != place[:2] or known[2] == place[2]
+            }
+            self._names[place] = names
+            if len(self._names) > _MOST_PLACES:
+                del self._names[next(iter(self._names))]
+        return names

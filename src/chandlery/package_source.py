@@ -1,70 +1,68 @@
-"""Where packages come from: `debian!<suite>` and `path!<folder>`, and the pin that makes each immutable.
+"""Where packages come from, such as `debian!<suite>`, and the pin that makes each immutable.
 
 A source moves (an index is updated, a folder is edited); a pin doesn't. Everything after the pin works with a
-`PinnedSource`, so every build has a key. Adding a source is one class here and one branch in
-`nix/package_set.nix`.
+`PinnedSource`, so every build has a key. Adding a source is one class in a module of its own, its entry in
+`KINDS`, and one branch in `nix/package_set.nix`.
 """
 
-import asyncio
 import hashlib
-import os
-import stat
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from chandlery.debian_index import DebianIndex, DebianMirrors, PinnedIndex
-from chandlery.errors import (
-    InvalidSourceError,
-    ReferenceNotFoundError,
-    RevisionGoneError,
-    SourceUnavailableError,
-)
-from chandlery.image_name import LATEST
-from chandlery.oci import ARCHITECTURES, Platform
-
-# How much of a revision a tag shows: enough to be unique, short enough to type.
-REVISION_TAG_LENGTH = 16
+from chandlery.debian_index import DebianMirrors
+from chandlery.debian_source import SUITE, DebianSource
+from chandlery.errors import InvalidSourceError
+from chandlery.flake_source import FlakeReference, FlakeSource, FlakeStore
+from chandlery.git_address import GitAddress
+from chandlery.git_source import FRESH, REFERENCE, GitSource
+from chandlery.nixpkgs_source import CHANNEL, NIXOS, NixpkgsAddresses, NixpkgsSource
+from chandlery.oci import Platform
+from chandlery.path_source import PathSource
+from chandlery.pinned_source import PinnedSource
+from chandlery.pins import PinLimits
+from chandlery.set_arguments import SetArguments
 
 
 @dataclass(frozen=True, slots=True)
-class PinnedSource:
-    """A package set at one revision.
+class SourceOptions:
+    """How a source is used, beside where it is.
 
-    `kind` and `location` say which source it is and `revision` what it held; `nix` is what
-    `nix/package_set.nix` needs to know beyond that, such as where the lock is: it is no part of the identity.
-    It is None when the source has that revision no longer: what was resolved at it stays valid, and nothing
-    new can be evaluated.
+    `tags` are patterns (fnmatch) of the revisions that a tag may choose; None is what the source's kind
+    allows by itself. A pin is renewed when it is `pin_lifetime` seconds old. `config` and `overlays` (files
+    or folders of the operator's) are nixpkgs'.
     """
 
-    kind: str
-    location: str
-    revision: str
-    nix: Mapping[str, Any] | None = field(default_factory=dict, compare=False, hash=False)
-
-    @property
-    def tag(self) -> str:
-        """The tag that always means this revision."""
-        return self.revision[:REVISION_TAG_LENGTH]
-
-    def to_nix(self) -> dict[str, Any]:
-        """Give the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
-        if self.nix is None:
-            raise RevisionGoneError(f"{self.kind}!{self.location}", self.tag)
-        return {"kind": self.kind, "location": self.location, **self.nix}
+    tags: tuple[str, ...] | None = None
+    pin_lifetime: float = 3600.0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    overlays: tuple[Path, ...] = ()
 
 
 class PackageSource(Protocol):
-    """Something that can be pinned."""
+    """Something that can be pinned. `text` is for people and has no credentials."""
 
     text: str
+    kind: str
+    location: str
+
+    @property
+    def platforms(self) -> tuple[Platform, ...]:
+        """Give the platforms for which it makes images on this machine, the machine's own first."""
+        ...
 
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
-        """Give what a tag means now: `latest`, or the tag of a revision.
+        """Give what a tag means now: `latest`, the tag of a revision, or what else the source has.
 
         Raises `ReferenceNotFoundError` for another tag, `SourceUnavailableError` if there is nothing to pin.
+        Cancelling the call stops nothing that another one waits for.
         """
+        ...
+
+    async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
+        """Give a revision that was pinned once; None if the source can't give it any more."""
         ...
 
     async def refresh(self, max_age: float) -> None:
@@ -75,130 +73,137 @@ class PackageSource(Protocol):
         """Let these revisions be the last to go when old ones are removed; the most wanted comes first."""
         ...
 
-
-class DebianSource:
-    """The embedded package set: a suite of Debian, `debian!<suite>`."""
-
-    def __init__(self, suite: str, folder: Path, mirrors: DebianMirrors) -> None:
-        self.text = f"debian!{suite}"
-        self._suite = suite
-        self._indexes = {
-            architecture: DebianIndex(folder / f"{suite}-{architecture}", suite, architecture, mirrors)
-            for architecture in ARCHITECTURES
-        }
-
-    async def pin(self, reference: str, platform: Platform) -> PinnedSource:
-        """See `PackageSource.pin`; an index that was never fetched is fetched now."""
-        index = self._indexes[platform.architecture]
-        if reference == LATEST:
-            pinned = index.current() or await index.refresh(max_age=float("inf"))
-        else:
-            found = index.at(reference)
-            if found is None:
-                raise ReferenceNotFoundError(
-                    self.text, reference, f"there is {LATEST!r}, and for each state of the index its own tag"
-                )
-            pinned = found
-        return self._source(pinned)
-
-    async def refresh(self, max_age: float) -> None:
-        """See `PackageSource.refresh`; of other architectures than the host's, those that were asked for."""
-        host = Platform.of_host().architecture
-        for architecture, index in self._indexes.items():
-            if architecture == host or index.current() is not None:
-                await index.refresh(max_age)
-
-    def keep(self, revisions: Sequence[str]) -> None:
-        """See `PackageSource.keep`."""
-        for index in self._indexes.values():
-            index.keep(revisions)
-
-    def _source(self, pinned: PinnedIndex) -> PinnedSource:
-        return PinnedSource(
-            "debian",
-            self._suite,
-            pinned.revision,
-            {"lock": str(pinned.lock), "mirrors": list(pinned.mirrors)},
-        )
+    async def close(self) -> None:
+        """Stop what is under way, such as a fetch; nothing is asked for after it."""
+        ...
 
 
-class PathSource:
-    """A Nix package set in a folder of this machine, `path!<folder>`: its revision is its content's hash."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a source is made of: `location` is what stands after the kind, `folder` is the data folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.text = f"path!{folder}"
-        self._folder = folder
-        self._hashes: dict[bytes, tuple[tuple[int, int, int], bytes]] = {}
+    text: str
+    location: str
+    folder: Path
+    mirrors: DebianMirrors
+    options: SourceOptions
+    nixpkgs: NixpkgsAddresses
+    nix: FlakeStore | None
 
-    async def pin(self, reference: str, platform: Platform) -> PinnedSource:
-        """See `PackageSource.pin`; only the content that the folder has now can be pinned."""
-        try:
-            revision = await asyncio.to_thread(self._revision)
-        except OSError as error:
-            where = os.fsdecode(error.filename or self._folder)
-            raise SourceUnavailableError(self.text, f"{where}: {error.strerror}") from error
-        pinned = PinnedSource("path", str(self._folder), revision)
-        if reference not in (LATEST, pinned.tag):
-            raise ReferenceNotFoundError(
-                self.text, reference, f"there is {LATEST!r}, and {pinned.tag!r} for what the folder holds now"
-            )
-        return pinned
+    def data(self, kind: str, location: str) -> Path:
+        """Give the folder of one source. A location has no credentials: a new password changes nothing."""
+        key = hashlib.sha256(f"{kind}!{location}".encode(errors="surrogateescape")).hexdigest()[:16]
+        return self.folder / "sources" / f"{kind}-{key}"
 
-    async def refresh(self, max_age: float) -> None:
-        """Do nothing: every pin reads the folder."""
-
-    def keep(self, revisions: Sequence[str]) -> None:
-        """Do nothing: a folder has one revision."""
-
-    def _revision(self) -> str:
-        """Hash every name and content below the folder; a file that didn't change is not read again."""
-        state = hashlib.sha256()
-        pending = [b""]
-        root = os.fsencode(self._folder)
-        while pending:
-            relative = pending.pop()
-            path = os.path.join(root, relative) if relative else root  # noqa: PTH118
-            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-                name = os.path.join(relative, entry.name)  # noqa: PTH118
-                # A version control system's own state says nothing about the packages.
-                if name == b".git":
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(name)
-                    content = b"directory"
-                elif entry.is_symlink():
-                    content = b"link " + os.readlink(entry.path)  # noqa: PTH115
-                else:
-                    content = self._file_hash(entry)
-                state.update(b"%d:%s%d:%s" % (len(name), name, len(content), content))
-        return state.hexdigest()
-
-    def _file_hash(self, entry: os.DirEntry[bytes]) -> bytes:
-        status = entry.stat(follow_symlinks=False)
-        if not stat.S_ISREG(status.st_mode):
-            return b"special"
-        signature = (status.st_ino, status.st_size, status.st_mtime_ns)
-        known = self._hashes.get(entry.path)
-        if known is None or known[0] != signature:
-            with open(entry.path, "rb") as file:  # noqa: PTH123
-                known = (signature, hashlib.file_digest(file, "sha256").digest())
-            self._hashes[entry.path] = known
-        executable = b"x" if status.st_mode & stat.S_IXUSR else b"-"
-        return executable + known[1]
+    def arguments(self) -> SetArguments:
+        """Give what a package set of nixpkgs' shape is called with."""
+        return SetArguments(self.folder / "sources" / "overlays", self.options.config, self.options.overlays)
 
 
-def parse(text: str, folder: Path, mirrors: DebianMirrors) -> PackageSource:
-    """Read `<kind>!<location>`; `folder` is for what sources fetch. Raises `InvalidSourceError`."""
+def parse(
+    text: str,
+    folder: Path,
+    mirrors: DebianMirrors,
+    options: SourceOptions | None = None,
+    *,
+    nixpkgs: NixpkgsAddresses = NIXOS,
+    nix: FlakeStore | None = None,
+) -> PackageSource:
+    """Read `<kind>!<location>`; `folder` is for what sources fetch. Raises `InvalidSourceError`.
+
+    Flakes need `nix`.
+    """
     kind, separator, location = text.partition("!")
     if not separator or not location:
-        raise InvalidSourceError(text, "write debian!<suite> or path!<folder>, such as debian!bookworm")
-    if kind == "debian":
-        if not location.replace("-", "").isalnum() or not location.islower():
-            raise InvalidSourceError(text, f"{location!r} is not the name of a Debian suite")
-        return DebianSource(location, folder / "debian", mirrors)
-    if kind == "path":
-        path = Path(location).expanduser().absolute()
-        if not path.exists():
-            raise InvalidSourceError(text, f"there is no folder {path}")
-        return PathSource(path)
-    raise InvalidSourceError(text, f"{kind!r} is not a kind of source: there are debian and path")
+        raise InvalidSourceError(text, f"write {_FORMS}, such as debian!bookworm")
+    if kind not in KINDS:
+        raise InvalidSourceError(text, f"{kind!r} is not a kind of source: write {_FORMS}")
+    return KINDS[kind][1](_Place(text, location, folder, mirrors, options or SourceOptions(), nixpkgs, nix))
+
+
+def _debian(place: _Place) -> PackageSource:
+    if re.fullmatch(SUITE, place.location) is None:
+        raise InvalidSourceError(place.text, f"{place.location!r} is not the name of a Debian suite")
+    limits = PinLimits(place.options.pin_lifetime)
+    return DebianSource(place.location, place.folder / "debian", place.mirrors, place.options.tags, limits)
+
+
+def _path(place: _Place) -> PackageSource:
+    path = Path(place.location).expanduser().absolute()
+    source = PathSource(path, place.data("path", str(path)), place.arguments())
+    # One that is away for now is served as it was.
+    if not path.exists() and not source.was_pinned:
+        raise InvalidSourceError(place.text, f"there is no folder {path}")
+    if place.folder.absolute().is_relative_to(path):
+        raise InvalidSourceError(place.text, f"the data folder {place.folder} is in it, and always changes")
+    return source
+
+
+def _git(place: _Place) -> PackageSource:
+    where, _, reference = (
+        place.location.rpartition("!") if "!" in place.location else (place.location, "", "")
+    )
+    if where.startswith("~"):
+        where = str(Path(where).expanduser())
+    try:
+        address = GitAddress.parse(where)
+    except ValueError as error:
+        # Not the text itself, which may have a password in it.
+        raise InvalidSourceError("git!", str(error)) from error
+    if REFERENCE.fullmatch(reference) is None:
+        raise InvalidSourceError(
+            f"git!{address.location}!{reference}", f"{reference!r} is no branch, tag or revision"
+        )
+    data = place.data("git", address.location)
+    lifetime = place.options.pin_lifetime
+    return GitSource(
+        address,
+        reference,
+        data,
+        place.arguments(),
+        place.options.tags,
+        PinLimits(lifetime),
+        fresh=min(FRESH, lifetime),
+    )
+
+
+def _nixpkgs(place: _Place) -> PackageSource:
+    if re.fullmatch(CHANNEL, place.location) is None:
+        reason = f"{place.location!r} is neither a channel, such as nixos-unstable, nor a commit of 40 digits"
+        raise InvalidSourceError(place.text, reason)
+    return NixpkgsSource(
+        place.location,
+        place.data("nixpkgs", place.location),
+        place.nixpkgs,
+        place.arguments(),
+        tags=place.options.tags or (),
+        limits=PinLimits(place.options.pin_lifetime),
+    )
+
+
+def _flake(place: _Place) -> PackageSource:
+    try:
+        reference = FlakeReference.parse(place.location)
+    except ValueError as error:
+        # What stands before an @ may be a password.
+        raise InvalidSourceError(f"flake!{place.location.rpartition('@')[2]}", str(error)) from error
+    text = f"flake!{reference.shown}"
+    if place.options.config or place.options.overlays:
+        raise InvalidSourceError(text, "a flake says itself with what config and overlays it is made")
+    if place.nix is None:
+        raise InvalidSourceError(text, "a flake can't be read without Nix")
+    data = place.data("flake", reference.shown)
+    return FlakeSource(reference, data, place.nix, PinLimits(place.options.pin_lifetime))
+
+
+# Each kind of source: how it is written, and what makes one.
+KINDS: Mapping[str, tuple[str, Callable[[_Place], PackageSource]]] = {
+    "debian": ("debian!<suite>", _debian),
+    "path": ("path!<folder>", _path),
+    "git": ("git!<address>!<branch, tag or revision>", _git),
+    "nixpkgs": ("nixpkgs!<channel or commit>", _nixpkgs),
+    "flake": ("flake!<reference>", _flake),
+}
+
+*_ALL_BUT_LAST, _LAST = (form for form, _ in KINDS.values())
+_FORMS = f"{', '.join(_ALL_BUT_LAST)} or {_LAST}"

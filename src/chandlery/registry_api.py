@@ -32,15 +32,15 @@ from chandlery.errors import (
     BuildPendingError,
     ReferenceNotFoundError,
 )
-from chandlery.image_name import ImageRequest
-from chandlery.negotiation import accepted_format, entity_tag, is_known, is_unwanted, wanted_ranges
+from chandlery.image_builder import Pulled
+from chandlery.image_name import ImageRequest, Vocabulary
+from chandlery.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
 from chandlery.oci import (
     DOCKER_MANIFEST,
+    DOCKER_MANIFEST_LIST,
     OCI_INDEX,
     OCI_MANIFEST,
-    BuiltImage,
     Descriptor,
-    Platform,
     canonical_json,
 )
 from chandlery.token_endpoint import TokenEndpoint
@@ -50,10 +50,16 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # distribution-spec, "Pushing manifests": larger ones need not be taken.
 _LARGEST_MANIFEST = 4 << 20
-_MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST, OCI_INDEX})
+_MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST, OCI_INDEX, DOCKER_MANIFEST_LIST})
+
+# distribution-spec, "Warnings": clients may cut what is longer than 4096 bytes in all.
+_LONGEST_WARNING = 4000
 
 _BLOB_TYPE = "application/octet-stream"
 _FOR_EVER = "max-age=31536000, immutable"
+
+# Seconds for which a client that is sent to a bucket can begin there; it comes back here for more.
+_URL_LIFETIME = 1200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +77,12 @@ _DEFAULT_ACCESS = Access()
 class ImageSource(Protocol):
     """Where images come from; every method may raise any `ChandleryError`."""
 
-    async def image(self, request: ImageRequest, client: str, timeout: float) -> BuiltImage:
-        """Give the image of a tag, building it if need be; its blobs and manifests are in the blob store.
+    async def pull(self, request: ImageRequest, client: str, timeout: float, *, index: bool) -> Pulled:
+        """Give what a tag names, building it if need be: an image, or an index for who takes one.
 
-        `client` is who asks, for fairness. After `timeout` seconds `BuildPendingError` is raised, and the
-        build goes on. Cancelling the call must not stop a build that somebody else waits for.
+        Its blobs and manifests are in the blob store. `client` is who asks, for fairness. After `timeout`
+        seconds `BuildPendingError` is raised, and the build goes on. Cancelling the call must not stop a
+        build that somebody else waits for.
         """
         ...
 
@@ -107,15 +114,15 @@ register_url_convertor("rest", _RestConvertor())
 
 
 def routes(
-    images: ImageSource, blobs: BlobSource, host: Platform, access: Access = _DEFAULT_ACCESS
+    images: ImageSource, blobs: BlobSource, vocabulary: Vocabulary, access: Access = _DEFAULT_ACCESS
 ) -> list[Route]:
-    """Give the routes of /v2; `host` is the platform of image names that choose none."""
-    api = _RegistryAPI(images, blobs, host, access)
+    """Give the routes of /v2; `vocabulary` is that of image names."""
+    api = _RegistryAPI(images, blobs, vocabulary, access)
     endpoint = partial(Endpoint, access.control)
     accounts = access.control.accounts if access.control else None
     token_routes = []
     if access.control and accounts:
-        token = TokenEndpoint(access.control, accounts, host)
+        token = TokenEndpoint(access.control, accounts, vocabulary)
         token_routes = [Route(TOKEN_PATH, endpoint(token, ("GET", "POST")), name="token")]
     # A name may hold "manifests" or "blobs" as well: {name:rest} takes as much as it can, so the rightmost
     # counts.
@@ -136,10 +143,12 @@ def routes(
 class _RegistryAPI:
     """The handlers, in the order of distribution-spec's table of endpoints."""
 
-    def __init__(self, images: ImageSource, blobs: BlobSource, host: Platform, access: Access) -> None:
+    def __init__(
+        self, images: ImageSource, blobs: BlobSource, vocabulary: Vocabulary, access: Access
+    ) -> None:
         self._images = images
         self._blobs = blobs
-        self._host = host
+        self._vocabulary = vocabulary
         self._access = access
         # What not everybody may have, a cache that many share may not keep.
         self._for_ever = f"{'private' if access.control else 'public'}, {_FOR_EVER}"
@@ -162,6 +171,10 @@ class _RegistryAPI:
         if is_known(request.headers, digest):
             return Response(status_code=304, headers=headers)
         ranges = _ranges(request, digest, info.size)
+        url = await self._blobs.url(digest, _URL_LIFETIME) if _may_be_sent_on(request, ranges) else None
+        if url:
+            headers |= {"location": url, "cache-control": "no-store"}
+            return Response(status_code=307, headers=headers)
         if ranges:
             return self._partial_blob(digest, info.size, ranges, headers)
         headers["content-length"] = str(info.size)
@@ -187,14 +200,19 @@ class _RegistryAPI:
             headers = {"cache-control": self._for_ever}
         else:
             wanted = await self._image_request(request, reference)
+            accepted = accepted_formats(request.headers.getlist("accept"))
             try:
-                image = await self._images.image(wanted, self._client(request), self._access.wait.hold)
+                pulled = await self._images.pull(
+                    wanted, self._client(request), self._access.wait.hold, index=accepted.index is not None
+                )
             except BuildPendingError as pending:
                 return self._keep_waiting(request, pending)
-            descriptor = image.manifests[accepted_format(request.headers.getlist("accept"))]
+            descriptor = pulled.manifests[accepted.manifest]
+            if accepted.index and pulled.is_index:
+                descriptor = pulled.manifests[accepted.index]
             content = await self._read(descriptor.digest)
             # What a tag names may change, and depends on Accept: ask again each time, and get a 304.
-            headers = {"cache-control": "no-cache", "vary": "Accept"}
+            headers = {"cache-control": "no-cache", "vary": "Accept", **_pull_headers(pulled)}
         headers |= _digest_headers(descriptor.digest)
         _check_wanted(request, descriptor.digest)
         if is_known(request.headers, descriptor.digest):
@@ -251,7 +269,7 @@ class _RegistryAPI:
     async def _image_request(self, request: Request, reference: str = image_name.LATEST) -> ImageRequest:
         """Read the name in a path, and see that its client may ask for it."""
         name = request.path_params["name"]
-        wanted = image_name.parse(name, reference, self._host)
+        wanted = image_name.parse(name, reference, self._vocabulary)
         if self._access.control:
             client = await self._access.control.authorize(request, name, wanted)
             request.state.client = client.key
@@ -321,6 +339,25 @@ def _ranges(request: Request, digest: Digest, size: int) -> Sequence[ByteRange]:
         raise RefusedError(
             416, "UNSUPPORTED", str(error), {"content-range": f"bytes */{error.size}"}
         ) from error
+
+
+def _pull_headers(pulled: Pulled) -> dict[str, str]:
+    """Tell the revision that was pulled, and what the person who pulls should know.
+
+    Clients print a warning (distribution-spec, "Warnings"), which has neither quotes nor line breaks; of one
+    with a second quoted text containers/image prints nothing.
+    """
+    headers = {"chandlery-revision": pulled.pin.revision}
+    if pulled.warnings:
+        text = re.sub(r'[^ -~]|["\\]', " ", "; ".join(pulled.warnings))
+        headers["warning"] = f'299 - "{text[:_LONGEST_WARNING]}"'
+    return headers
+
+
+def _may_be_sent_on(request: Request, ranges: Sequence[ByteRange]) -> bool:
+    """Tell whether another server, with entity tags of its own, would give the same answer."""
+    tags_count = "if-match" in request.headers or "if-range" in request.headers
+    return request.method == "GET" and len(ranges) <= 1 and not tags_count
 
 
 def _check_wanted(request: Request, digest: Digest) -> None:

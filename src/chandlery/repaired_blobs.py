@@ -23,6 +23,7 @@ from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, ChandleryError, StorageError, TryAgainError
 from chandlery.image_builder import ImageBuilder
 from chandlery.leases import Lease
+from chandlery.oci import OCI_INDEX
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -71,7 +72,7 @@ class RepairedBlobs:
             await self._lease_for_a_moment(digest)
         info = await self._sound(digest, recorded)
         if recorded is None:
-            return info
+            return info or await self._image_index(digest)
         if info is not None and (not recorded.is_manifest or await self._builder.known(recorded.key)):
             return info
         return await self.repair(digest, self._hold)
@@ -79,6 +80,10 @@ class RepairedBlobs:
     def path(self, digest: Digest) -> Path | None:
         """See `BlobStore`."""
         return self._blobs.path(digest)
+
+    async def url(self, digest: Digest, lifetime: float) -> str | None:
+        """See `BlobStore`; ask `stat` first, as nothing repairs what isn't there when a client comes."""
+        return await self._blobs.url(digest, lifetime)
 
     def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """See `BlobStore`."""
@@ -142,6 +147,16 @@ class RepairedBlobs:
                 return None
             self.in_doubt.discard(digest)
         return info
+
+    async def _image_index(self, digest: Digest) -> BlobInfo | None:
+        """Put an OCI index again that was collected: no image needs it, and it is small."""
+        content = await asyncio.to_thread(self._index.image_index, digest)
+        if content is None:
+            return None
+        await self._lease.take(digest)
+        await self._blobs.put_bytes(content, OCI_INDEX)
+        await self._lease_for_a_moment(digest)
+        return BlobInfo(len(content))
 
     async def _lease_for_a_moment(self, digest: Digest) -> None:
         """Lease a blob, if it is there, until whoever asked has opened it."""

@@ -20,6 +20,7 @@ from itertools import chain
 
 from chandlery import alternatives
 from chandlery.closure import Closure, StorePath
+from chandlery.image_profile import Account
 from chandlery.store_reader import Entry, EntryKind, Layout, Reader, follow
 
 # As symlinks in every distribution that has merged /usr (Debian: base-files); the rest only where they exist.
@@ -70,12 +71,13 @@ def root_filesystem(
     *,
     uid: int = 0,
     gid: int = 0,
+    account: Account | None = None,
     extra: Iterable[Entry] = (),
 ) -> list[Entry]:
     """Give the entries of the last layer, in order, parent directories included.
 
-    `uid` and `gid` own all of it. `roots` are the store paths that were asked for, the most wanted first; all
-    of them are in the closure. Raises what `StoreReader` raises.
+    `uid` and `gid` own all of it but the home of `account`. `roots` are the store paths that were asked for,
+    the most wanted first; all of them are in the closure. Raises what `StoreReader` raises.
     """
     lower = _RootLayout(reader, (node.path for node in closure.nodes))
     tree = _Tree(_merged_folders(lower))
@@ -86,13 +88,31 @@ def root_filesystem(
         (entry for files, _ in links for entry in files),
         # A directory wins over a link to one, whichever package has it: its content would be lost.
         (entry for _, folders in links for entry in folders),
-        (Entry.file(path, content) for path, content in _FILES),
+        (Entry.file(path, content) for path, content in _files(account)),
+        (Entry.directory(account.home.encode(), 0o700) for account in ([account] if account else [])),
     ):
         tree.put(entry)
     _put_ca_bundle(tree, lower)
     _put_interpreters(tree, lower)
     _put_alternatives(tree, lower, reader)
-    return [entry._replace(uid=uid, gid=gid) for entry in tree.entries()]
+    return [owned(entry, (uid, gid), account) for entry in tree.entries()]
+
+
+def owned(entry: Entry, owner: tuple[int, int], account: Account | None) -> Entry:
+    """Give an entry to whom it belongs: user and group of the layer, or the account whose home it is in."""
+    if account and f"{os.fsdecode(entry.path)}/".startswith(f"{account.home}/"):
+        owner = (account.uid, account.gid)
+    return entry._replace(uid=owner[0], gid=owner[1])
+
+
+def _files(account: Account | None) -> Iterator[tuple[bytes, bytes]]:
+    """Give the small files that every image has; an account of its own stands beside root and nobody."""
+    lines = {b"etc/passwd": "", b"etc/group": ""}
+    if account:
+        name, uid, gid = account.name, account.uid, account.gid
+        lines[b"etc/passwd"] = f"{name}:x:{uid}:{gid}:{name}:/{account.home}:/bin/sh\n"
+        lines[b"etc/group"] = f"{name}:x:{gid}:\n"
+    return ((path, content + lines.get(path, "").encode()) for path, content in _FILES)
 
 
 def main_program(

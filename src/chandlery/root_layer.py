@@ -10,9 +10,10 @@ from pathlib import Path
 
 from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
+from chandlery.image_profile import Account
 from chandlery.layer_archive import pack
 from chandlery.oci import PackedLayer
-from chandlery.root_filesystem import main_program, program_named, root_filesystem
+from chandlery.root_filesystem import main_program, owned, program_named, root_filesystem
 from chandlery.store_reader import StoreReader
 
 # Counts up when the same packages give another root filesystem.
@@ -55,13 +56,14 @@ def pack_root_layer(
     closure: Closure,
     roots: Sequence[StorePath],
     owner: tuple[int, int],
+    account: Account | None,
     main: MainPackage | None,
     compression: str,
     destination: Path,
 ) -> RootLayer:
     """Pack the root filesystem of a closure; raises what `root_filesystem` and `pack` raise."""
     reader = StoreReader(store_root)
-    entries = root_filesystem(closure, roots, reader, uid=owner[0], gid=owner[1])
+    entries = root_filesystem(closure, roots, reader, uid=owner[0], gid=owner[1], account=account)
     program = _main_program(reader, closure, main) if main else None
     return RootLayer(pack(entries, COMPRESSIONS[compression], destination), program)
 
@@ -78,9 +80,13 @@ def _main_program(reader: StoreReader, closure: Closure, main: MainPackage) -> s
 
 
 def pack_changed_root_layer(
-    store_root: Path, store_path: StorePath, owner: tuple[int, int], compression: str, destination: Path
+    store_root: Path,
+    store_path: StorePath,
+    owner: tuple[int, int],
+    account: Account | None,
+    compression: str,
+    destination: Path,
 ) -> PackedLayer:
     """Pack what the operator's commands made of the root filesystem; raises what `pack` raises."""
-    uid, gid = owner
-    entries = (entry._replace(uid=uid, gid=gid) for entry in StoreReader(store_root).entries(store_path))
+    entries = (owned(entry, owner, account) for entry in StoreReader(store_root).entries(store_path))
     return pack(entries, COMPRESSIONS[compression], destination)

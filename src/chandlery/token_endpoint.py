@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from chandlery.access_control import AccessControl, Accounts
 from chandlery.authorization import Credentials, Password, parse_authorization, pull_scope, pull_scopes
 from chandlery.errors import CredentialsError
-from chandlery.oci import Platform
+from chandlery.image_name import Vocabulary
 
 # Passwords and scopes are short.
 _LARGEST_FORM = 16 << 10
@@ -22,12 +22,12 @@ _NO_STORE = {"cache-control": "no-store"}
 
 
 class TokenEndpoint:
-    """Answers GET and POST; `host` is the platform of image names that choose none."""
+    """Answers GET and POST; `vocabulary` is that of image names."""
 
-    def __init__(self, control: AccessControl, accounts: Accounts, host: Platform) -> None:
+    def __init__(self, control: AccessControl, accounts: Accounts, vocabulary: Vocabulary) -> None:
         self._control = control
         self._accounts = accounts
-        self._host = host
+        self._vocabulary = vocabulary
 
     async def __call__(self, request: Request) -> Response:
         """Give a token. Raises `CredentialsError` and `RateLimitError`."""
@@ -41,7 +41,7 @@ class TokenEndpoint:
         if credentials is None and not self._accounts.anonymous:
             raise CredentialsError("log in first: this server has users")
         client = await self._control.identify(request, credentials)
-        grant = self._control.grant(client, pull_scopes(scopes), self._host)
+        grant = self._control.grant(client, pull_scopes(scopes), self._vocabulary)
         token = self._accounts.tokens.issue(grant)
         answer = {
             "token": token,

@@ -4,10 +4,11 @@
 # derivation, which unpacks its .debs and refers to the units that it needs: so Nix's closure is Debian's.
 # The content stands at / in an image (nix-support/image-layout).
 #
-#   lock     the folder with the lock
-#   mirrors  the address of each repository that the lock counts
-#   names    the names to offer; null for all 100,000 of them, which is slower
-{ lock, mirrors, names ? null }:
+#   lock       the folder with the lock
+#   mirrors    the address of each repository that the lock counts
+#   hostPaths  what the unpacker finds of this machine: itself a program, it needs others
+#   names      the names to offer; null for all 100,000 of them, which is slower
+{ lock, mirrors, hostPaths, names ? null }:
 let
   # A file of the lock is read when one of its names is asked for, and then kept.
   digits = [ "0" "1" "2" "3" "4" "5" "6" "7" "8" "9" "a" "b" "c" "d" "e" "f" ];
@@ -44,6 +45,7 @@ let
       recorder = ./record_alternatives.sh;
       debs = map fetch debs;
       needed = map unit references;
+      __impureHostDeps = hostPaths;
     } // { pname = name; inherit version; members = debs; };
 
   # A package of a cycle is the whole cycle's derivation, under its own name and version.

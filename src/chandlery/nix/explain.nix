@@ -1,10 +1,10 @@
 # Evaluates one attribute path with nothing to catch its error, so that Nix prints the reason.
-#   request  JSON: { source, system, attributePaths: [ one ] }
-{ request }:
+#   request  JSON: { source, system, hostPaths, attributePath }
+# A flake is evaluated where no file can be imported: then the other two expressions are given.
+{ request, lookUp ? import ./look_up.nix, packageSet ? import ./package_set.nix }:
 let
-  inherit (builtins.fromJSON request) source system attributePaths;
-  inherit (import ./look_up.nix) find namesOf;
-  path = builtins.head attributePaths;
-  found = find path (import ./package_set.nix { inherit source system; names = namesOf path; });
+  inherit (builtins.fromJSON request) source system hostPaths attributePath;
+  names = lookUp.namesOf attributePath;
+  package = (lookUp.find attributePath (packageSet { inherit source system hostPaths names; })).value;
 in
-found.value.drvPath or (throw "it is a ${builtins.typeOf found.value}, not a package")
+builtins.seq package.drvPath (map (output: package.${output}.outPath or package.outPath) (package.outputs or [ ]))

@@ -1,7 +1,8 @@
 # How an attribute path finds its value in a package set.
 #
 # Repository names have no capitals and package sets do. So for each part an exact match wins, and else a name
-# that differs only in case: of the first part the first such name, of later parts if there is exactly one.
+# that differs only in case: of the first part the first such name, of later parts if there is exactly one. What
+# begins with a digit can't be a name in Nix, so `1password` finds `_1password` as well.
 # A name that has dots itself (Debian's python3.11) wins over the path that it could be as well.
 rec {
   partsOf = path: builtins.filter builtins.isString (builtins.split "\\." path);
@@ -9,13 +10,26 @@ rec {
   letters = text: builtins.genList (i: builtins.substring i 1 text) (builtins.stringLength text);
   lower = builtins.replaceStrings (letters "ABCDEFGHIJKLMNOPQRSTUVWXYZ") (letters "abcdefghijklmnopqrstuvwxyz");
 
+  # The ways to write a part, the likelier first.
+  spellings = part: if builtins.match "[0-9].*" part == null then [ part ] else [ part "_${part}" ];
+
   # The names in a set that differ from a part only in case.
   alike = set: part:
-    let wanted = lower part;
-    in builtins.filter (name: lower name == wanted) (builtins.attrNames set);
+    let wanted = map lower (spellings part);
+    in builtins.filter (name: builtins.elem (lower name) wanted) (builtins.attrNames set);
 
-  # { value; } of an attribute path, or null if there is none.
-  find = path: set: if set ? ${path} then { value = set.${path}; } else follow (partsOf path) set;
+  # The names in a set that a part may mean: one, unless it is written otherwise in the set.
+  meant = set: part:
+    let exact = builtins.filter (name: set ? ${name}) (spellings part);
+    in if exact != [ ] then [ (builtins.head exact) ] else alike set part;
+
+  # { value; } of an attribute path in the first of some sets that has it, or null if none does.
+  find = path: sets:
+    if sets == [ ] then null
+    else
+      let found = findIn path (builtins.head sets);
+      in if found != null then found else find path (builtins.tail sets);
+  findIn = path: set: if set ? ${path} then { value = set.${path}; } else follow (partsOf path) set;
 
   # The names by which a set may have to be asked for an attribute path.
   namesOf = path: [ path (builtins.head (partsOf path)) ];
@@ -23,9 +37,7 @@ rec {
   # { value; } at the end of the parts, or null where one is missing.
   follow = followAs (names: names != [ ]);
   followAs = acceptable: parts: set:
-    let
-      part = builtins.head parts;
-      names = if set ? ${part} then [ part ] else alike set part;
+    let names = meant set (builtins.head parts);
     in
     if parts == [ ] then { value = set; }
     else if !builtins.isAttrs set || !acceptable names then null

@@ -1,0 +1,66 @@
+"""A package set at one revision: what a moving source (a channel, a branch, a folder) is pinned to. No I/O.
+
+Everything after the pin works with a `PinnedSource`, so every build has a key.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from chandlery.errors import RevisionGoneError
+
+# How much of a revision a tag shows: enough to be unique, short enough to type.
+REVISION_TAG_LENGTH = 16
+
+NIXPKGS = "https://github.com/NixOS/nixpkgs"
+_LOCAL = re.compile(r"(?:path:|(?:git\+|tarball\+)?file:(?://)?)?(/[^?]*)(?:\?.*)?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedSource:
+    """A package set at one revision.
+
+    `kind` and `location` say which source it is (a URL has no credentials), `variant` is a digest of the
+    config and overlays that it is evaluated with (empty without any), and `revision` is what it held. `nix`
+    is what `nix/package_set.nix` needs to know beyond that, such as where the lock is: it is no part of the
+    identity. It is None when the source has that revision no longer: what was resolved at it stays valid, and
+    nothing new can be evaluated. `stale` says why a newer one could not be asked for; mostly it is empty.
+    """
+
+    kind: str
+    location: str
+    revision: str
+    variant: str = ""
+    nix: Mapping[str, Any] | None = field(default_factory=dict, compare=False, hash=False)
+    stale: str = field(default="", compare=False, hash=False)
+
+    @property
+    def tag(self) -> str:
+        """The tag that always means this revision."""
+        return self.revision[:REVISION_TAG_LENGTH]
+
+    @property
+    def key_parts(self) -> tuple[str, str, str, str]:
+        """Give what the package set depends on."""
+        return self.kind, self.location, self.revision, self.variant
+
+    @property
+    def public_location(self) -> str:
+        """Where the package set comes from, as an image tells it: the same on every machine that has it.
+
+        Of a folder of this machine it is only the name.
+        """
+        if self.kind == "nixpkgs":
+            return NIXPKGS
+        local = _LOCAL.fullmatch(self.location)
+        if local:
+            return f"{self.kind}!{PurePath(local[1]).name}"
+        return self.location if "://" in self.location else f"{self.kind}!{self.location}"
+
+    def to_nix(self) -> dict[str, Any]:
+        """Give the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
+        if self.nix is None:
+            raise RevisionGoneError(f"{self.kind}!{self.location}", self.tag)
+        return {"kind": self.kind, "location": self.location, **self.nix}
