@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import packing, pulling
+from benchmarks import layering, packing, pulling
 from chandlery import logs
 
 
@@ -15,6 +15,8 @@ def main() -> None:
     """Print a table for each."""
     logs.configure("json")
     console = Console(highlight=False)
+    # The peers that are worth the time; `python -m benchmarks.layering` has all.
+    console.print(layering.table(strategies=("grouped", "one-per-path", "nixery")))
     with tempfile.TemporaryDirectory(prefix="chandlery-bench-") as temporary:
         data_dir = Path(os.environ.get("CHANDLERY_BENCH_DATA") or temporary)
         console.print(asyncio.run(pulling.table(data_dir)))

@@ -29,6 +29,7 @@ from chandlery import (
     image_output,
     logs,
     maintenance_commands,
+    plan_commands,
     settings_commands,
 )
 from chandlery.app import access_control, certificate, create_app, image_builder, open_parts, vocabulary
@@ -254,6 +255,8 @@ def build(
 
 app.command()(maintenance_commands.scrub)
 app.command()(maintenance_commands.collect)
+app.command()(plan_commands.plan)
+app.command()(plan_commands.popularity)
 app.command()(settings_commands.config)
 app.command()(settings_commands.doctor)
 
