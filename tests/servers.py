@@ -14,8 +14,13 @@ from pathlib import Path
 
 import httpx
 
+from chandlery.nix_configuration import host_paths
+
 # Seconds, for what takes one or two.
 LIMIT = 60.0
+
+# Builders of the test package sets are programs of this machine.
+HOST_PATHS = ",".join(host_paths())
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,16 @@ def free_port() -> int:
         return port
 
 
-def environment(**variables: str) -> dict[str, str]:
+def plain_environment(**variables: str) -> dict[str, str]:
     """Give this process's environment without what it says about Chandlery."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHANDLERY_")}
     return {**inherited, **variables}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Give the environment of what builds the test package sets, on a network without binary caches."""
+    building = {"CHANDLERY_SUBSTITUTERS": "[]", "CHANDLERY_HOST_PATHS": HOST_PATHS}
+    return plain_environment(**{**building, **variables})
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -106,8 +117,7 @@ def _serving(
         log.open("ab") as output,
         subprocess.Popen(
             [sys.executable, "-m", "chandlery", "serve", *options],
-            # No binary cache can be reached, and looking for one takes a second.
-            env=environment(**{"PATH": path, "CHANDLERY_SUBSTITUTERS": "[]", **variables}),
+            env=environment(**{"PATH": path, **variables}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -21,6 +21,7 @@ from chandlery.access_rules import AccessRules
 from chandlery.client_address import parse_networks
 from chandlery.digest import Digest
 from chandlery.errors import RateLimitError
+from chandlery.oci import ManifestFormat
 from chandlery.public_address import PublicAddress
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
@@ -58,7 +59,9 @@ class Registry:
     ) -> AccessControl:
         accounts = Accounts(Users(self.file), self.tokens, anonymous) if users else None
         address = PublicAddress(url, parse_networks(["10.0.0.1"]))
-        return AccessControl(AccessRules.model_validate(rules), {"": "debian!bookworm"}, address, accounts)
+        return AccessControl(
+            AccessRules.model_validate(rules), {"": ("debian!bookworm", "stable")}, address, accounts
+        )
 
     @asynccontextmanager
     async def serving(
@@ -310,6 +313,33 @@ async def test_a_source_may_be_denied(registry: Registry) -> None:
         response = await client.get("/v2/git/manifests/latest", auth=BOB)
         assert "bob may not pull from debian!bookworm" in oci_error(response)["message"]
         assert (await client.get("/v2/git/manifests/latest", auth=ALICE)).status_code == 200
+
+
+async def test_a_source_may_be_named_in_a_rule_the_default_one_too(registry: Registry) -> None:
+    rules = {"default": {"sources": ["stable"]}, "users": {"bob": {"sources": ["other"]}}}
+    async with registry.serving(registry.control(rules=rules)) as client:
+        assert (await client.get("/v2/git/manifests/latest", auth=ALICE)).status_code == 200
+        assert (await client.get("/v2/git/manifests/latest", auth=BOB)).status_code == 403
+
+
+async def test_a_digest_is_given_only_in_the_name_of_an_image_that_needs_it(registry: Registry) -> None:
+    async with registry.serving(registry.control()) as client:
+        digest = registry.images.image_.manifests[ManifestFormat.OCI].digest
+        paths = (BLOB, f"/v2/git/manifests/{digest}")
+        registry.images.needed_by = {"git"}
+        for path in paths:
+            assert (await client.get(path, auth=BOB)).status_code == 200
+        registry.images.needed_by = {"nmap"}
+        for path, code in zip(paths, ("BLOB_UNKNOWN", "MANIFEST_UNKNOWN"), strict=True):
+            for auth in (ALICE, BOB):
+                response = await client.get(path, auth=auth)
+                assert (response.status_code, oci_error(response)["code"]) == (404, code)
+
+
+async def test_where_nothing_is_denied_a_digest_may_be_asked_for_in_any_name(registry: Registry) -> None:
+    async with registry.serving(registry.control(rules={})) as client:
+        registry.images.needed_by = set()
+        assert (await client.get(BLOB, auth=BOB)).status_code == 200
 
 
 async def test_rules_count_without_users_too(registry: Registry) -> None:

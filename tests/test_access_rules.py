@@ -7,7 +7,7 @@ from chandlery.access_rules import AccessRules, Rule
 from chandlery.image_name import ImageRequest, Vocabulary, parse
 from chandlery.oci import Platform
 
-SOURCE = "debian!bookworm"
+SOURCE = ("debian!bookworm",)
 ATTRIBUTE_PATHS = st.lists(st.text("abc019", min_size=1, max_size=5), min_size=1, max_size=3).map(".".join)
 
 
@@ -42,9 +42,28 @@ def test_a_rule_names_what_it_refuses(rule: Rule, name: str, denied: tuple[str, 
 
 def test_a_rule_may_be_about_package_sources() -> None:
     rule = Rule(sources=("path!/srv/*", "debian!bookworm"))
-    assert rule.denied(request("git"), "debian!bookworm") == ()
-    assert rule.denied(request("git"), "path!/srv/packages") == ()
-    assert rule.denied(request("git"), "debian!trixie") == ("from debian!trixie",)
+    assert rule.denied(request("git"), ["debian!bookworm"]) == ()
+    assert rule.denied(request("git"), ["path!/srv/packages"]) == ()
+    assert rule.denied(request("git"), ["debian!trixie"]) == ("from debian!trixie",)
+    assert rule.denied(request("git"), ["debian!trixie", "next"]) == ("from debian!trixie",)
+    assert Rule(sources=("next",)).denied(request("git"), ["debian!trixie", "next"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("rules", "restrict"),
+    [
+        ({}, False),
+        ({"default": {"requests_per_minute": 3}, "users": {"bob": {"builds_per_hour": 1}}}, False),
+        ({"default": {"deny": ["nmap"]}}, True),
+        ({"default": {"deny": ["nmap"]}, "users": {"bob": {"deny": []}}}, True),
+        ({"anonymous": {"allow": ["git"]}}, True),
+        ({"users": {"bob": {"sources": ["debian!*"]}}}, True),
+    ],
+)
+def test_rules_restrict_if_there_is_something_that_not_everybody_may_have(
+    rules: dict[str, object], *, restrict: bool
+) -> None:
+    assert AccessRules.model_validate(rules).restrict is restrict
 
 
 @given(st.lists(ATTRIBUTE_PATHS, min_size=1, max_size=5, unique=True), st.data())

@@ -90,8 +90,27 @@ def test_tags_are_those_of_the_name(tmp_path: Path) -> None:
     with BuildIndex(tmp_path) as index:
         for name, tag in [("git", "unstable"), ("git", "latest"), ("git", "latest"), ("jq", "other")]:
             index.remember_image(an_origin(name, reference=tag), an_image(name))
-        assert index.tags("git") == ["latest", "unstable"]
+        assert index.tags("git") == ["1" * 16, "latest", "unstable"]
         assert index.tags("none") == []
+
+
+def test_each_revision_that_an_image_was_made_at_has_a_tag(tmp_path: Path) -> None:
+    with BuildIndex(tmp_path) as index:
+        for revision in ("1" * 64, "2" * 64):
+            index.remember_image(an_origin("git", revision=revision), an_image(revision))
+        assert index.tags("git") == ["1" * 16, "2" * 16, "latest"]
+
+
+def test_a_blob_is_needed_by_the_images_that_have_it(tmp_path: Path) -> None:
+    with BuildIndex(tmp_path) as index:
+        index.remember_image(an_origin("git"), an_image("git", "shared", "of git"))
+        index.remember_image(an_origin("jq"), an_image("jq", "shared", "of jq"))
+        assert index.needs("git", digest_of("of git"))
+        assert index.needs("git", digest_of("shared"))
+        assert not index.needs("git", digest_of("of jq"))
+        assert not index.needs("none", digest_of("shared"))
+        index.remember_image_index(b"{}")
+        assert index.needs("none", Digest.of(b"{}"))
 
 
 class Clock:

@@ -24,7 +24,7 @@ from chandlery.errors import (
 from chandlery.image_builder import BuildCapacity
 from chandlery.image_origin import BuildOptions
 from chandlery.nix import NixLimits
-from chandlery.oci import CREATED, ManifestFormat
+from chandlery.oci import CREATED, ManifestFormat, PackedLayer
 from chandlery.root_layer import RootLayerOptions
 from workshop import HOST, Workshop, a_request, opened
 
@@ -319,6 +319,22 @@ async def test_tags_are_latest_the_revision_and_what_was_built(used: Workshop) -
     assert "latest" in (latest_or_revision, other)
     with pytest.raises(PackagesNotFoundError):
         await used.builder.tags(a_request("nothing"))
+
+
+async def test_a_blob_belongs_to_the_names_of_images_that_need_it(used: Workshop) -> None:
+    hello, greeter = await used.image("hello"), await used.image("greeter")
+    [alone] = set(map(_digest, greeter.layers[:-1])) - set(map(_digest, hello.layers))
+    shared = set(map(_digest, greeter.layers)) & set(map(_digest, hello.layers))
+    assert shared
+    for digest in (alone, greeter.config.digest, greeter.manifests[ManifestFormat.OCI].digest):
+        assert await used.builder.needs(a_request("greeter"), digest)
+        assert not await used.builder.needs(a_request("hello"), digest)
+    for digest in shared:
+        assert await used.builder.needs(a_request("hello"), digest)
+
+
+def _digest(layer: PackedLayer) -> Digest:
+    return layer.descriptor.digest
 
 
 # Many at once

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from chandlery.image_profile import SHIPPED, Account, Profile
 
-texts = st.text(max_size=3)
+texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=3)
 lists = st.lists(texts, max_size=3).map(tuple)
+attribute_paths = st.lists(st.sampled_from(["a", "ab", "a.b"]), max_size=3).map(tuple)
 tables = st.dictionaries(st.from_regex(r"[A-Z_]{1,3}", fullmatch=True), texts, max_size=3)
 users = st.sampled_from(["", "root", "nobody", "nonroot", "7", "7:8"])
 ports = st.lists(st.sampled_from(["80", "53/udp", "8080/tcp"]), max_size=2, unique=True).map(tuple)
 profiles = st.builds(
-    Profile, lists, users, lists, lists, tables, st.sampled_from(["", "/", "/app"]), ports, tables
+    Profile, attribute_paths, users, lists, lists, tables, st.sampled_from(["", "/", "/app"]), ports, tables
 )
 
 
@@ -78,6 +79,11 @@ def test_a_user_is_numbers_and_has_an_account(user: str, numbers: str, account: 
         ({"exposed_ports": ("http",)}, "exposed_ports: 'http' is no port"),
         ({"exposed_ports": ("0",)}, "exposed_ports: '0' is no port"),
         ({"exposed_ports": ("65536/tcp",)}, "exposed_ports: '65536/tcp' is no port"),
+        ({"entrypoint": ("a\0b",)}, "no text may have a zero byte"),
+        ({"environment": {"A": "\0"}}, "no text may have a zero byte"),
+        ({"packages": ("a/b",)}, "name attribute paths"),
+        ({"packages": ("",)}, "name attribute paths"),
+        ({"labels": {"": "x"}}, "labels: one has no name"),
         ({"environment": {"A=B": "c"}}, "environment: 'A=B' is no name of a variable"),
     ],
 )

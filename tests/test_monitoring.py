@@ -79,6 +79,9 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
             async def tags(self, *_: object) -> list[str]:
                 return []
 
+            async def needs(self, *_: object) -> bool:
+                return False
+
         routes = [
             *registry_api.routes(NoImages(), MemoryBlobStore(), Vocabulary(Platform.of_host())),
             *monitoring.routes(metrics, readiness, queue, watchers),

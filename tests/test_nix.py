@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from chandlery.errors import (
     StorageFullError,
 )
 from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix_configuration import host_paths
 from chandlery.nix_output import DerivationMissingError, build_error
 from chandlery.pinned_source import PinnedSource
 from nix_package_set import SYSTEM, packages, requires_nix, resolve, source_of
@@ -33,7 +35,7 @@ pytestmark = [pytest.mark.nix, requires_nix]
 
 LIMITS = NixLimits(build_timeout=60.0, evaluation_timeout=60.0, jobs=2)
 # Without a binary cache that every build in an evaluation would wait for.
-OFFLINE = NixOptions(substituters=())
+OFFLINE = NixOptions(substituters=(), host_paths=tuple(host_paths()))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,34 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nix(store: Path) -> Nix:
     return Nix(store, LIMITS, OFFLINE)
+
+
+# Many packages as one
+
+
+@pytest.mark.parametrize("count", [1, 100, 101, 250])
+async def test_one_derivation_needs_all_of_an_images(nix: Nix, tmp_path: Path, count: int) -> None:
+    source = packages(
+        tmp_path / "set",
+        f"""
+        made = builtins.listToAttrs (builtins.genList (number: {{
+          name = "p${{toString number}}";
+          value = derivation {{
+            name = "p${{toString number}}-of-{count}"; system = builtins.currentSystem;
+            builder = "builtin:buildenv"; derivations = ""; manifest = "/";
+          }};
+        }}) {count});
+        """,
+    )
+    found = await nix.resolve(source, SYSTEM, [f"made.p{number}" for number in range(count)])
+    described = [{"derivation": each.derivation, "output": each.output} for each in found.values()]
+    arguments = {"name": "image-many", "derivations": json.dumps(described)}
+    together = await nix.instantiate("together.nix", arguments, tmp_path / "roots")
+    await nix.realise([together], tmp_path / "roots", tmp_path / "log", own=False)
+    result = StorePath.parse(str((tmp_path / "roots/result").readlink()))
+    assert {each.store_path for each in found.values()} <= {
+        node.path for node in (await nix.closure([result])).nodes
+    }
 
 
 # Evaluation

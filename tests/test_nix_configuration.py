@@ -28,11 +28,11 @@ def nix(tmp_path_factory: pytest.TempPathFactory) -> Nix:
     return Nix(tmp_path_factory.mktemp("store"), LIMITS, OFFLINE)
 
 
-async def built(nix: Nix, folder: Path, attributes: str, *, substitute: bool = False) -> str:
+async def built(nix: Nix, folder: Path, attributes: str, *, own: bool = True) -> str:
     """Build the package `p`, which makes a file; give what it holds."""
     resolution = await resolve(nix, packages(folder / "set", attributes), "p")
     assert resolution.found, resolution.message
-    await nix.realise([resolution.derivation], folder / "roots", folder / "log", substitute=substitute)
+    await nix.realise([resolution.derivation], folder / "roots", folder / "log", own=own)
     return (nix.store_root / resolution.store_path.base_name).read_text()
 
 
@@ -76,6 +76,31 @@ async def test_a_builder_of_the_machine_is_not_there_unless_asked_for(nix: Nix, 
 async def test_a_builder_can_not_ask_for_more_than_programs(nix: Nix, tmp_path: Path, path: str) -> None:
     with pytest.raises(BuildError, match="was not in allowed-impure-host-deps"):
         await built(nix, tmp_path, bare("echo > $out", f'"{path}"'))
+
+
+@pytest.mark.parametrize("path", ["/bin", "/usr", "/lib", "/usr/lib/ssl/private", "/etc"])
+async def test_a_builder_of_another_package_set_can_ask_for_nothing(
+    nix: Nix, tmp_path: Path, path: str
+) -> None:
+    package = f"""
+      p = derivation {{
+        name = "p"; system = builtins.currentSystem; builder = "builtin:buildenv";
+        derivations = ""; manifest = "/"; __impureHostDeps = [ "{path}" ];
+      }};
+      meanwhile = build (builtins.readFile "${{p}}/manifest.nix") "";
+    """
+
+    with pytest.raises(BuildError, match="was not in allowed-impure-host-deps"):
+        await built(nix, tmp_path, package, own=False)
+    resolution = await resolve(nix, packages(tmp_path / "set", package), "meanwhile")
+    assert "was not in allowed-impure-host-deps" in resolution.message
+
+
+async def test_what_the_operator_names_a_builder_may_ask_for(nix: Nix, tmp_path: Path) -> None:
+    named = NixOptions(substituters=(), host_paths=tuple(host_paths()))
+    willing = Nix(nix.store_root.parent.parent, LIMITS, named)
+
+    assert await built(willing, tmp_path, bare("echo built > $out"), own=False) == "built\n"
 
 
 async def test_a_builder_can_not_do_without_a_sandbox(nix: Nix, tmp_path: Path) -> None:
@@ -192,14 +217,18 @@ async def cache(tmp_path: Path) -> AsyncIterator[Cache]:
 
 
 def using(folder: Path, cache: Cache, key: str | None = None) -> Nix:
-    options = NixOptions(substituters=(cache.address,), trusted_public_keys=(key or cache.public_key,))
+    options = NixOptions(
+        substituters=(cache.address,),
+        trusted_public_keys=(key or cache.public_key,),
+        host_paths=tuple(host_paths()),
+    )
     return Nix(folder / "own", LIMITS, options)
 
 
 async def test_what_a_binary_cache_has_is_not_built(cache: Cache, tmp_path: Path) -> None:
     folder = tmp_path / "other"
 
-    assert await built(using(tmp_path, cache), folder, PACKAGE, substitute=True) == cache.content
+    assert await built(using(tmp_path, cache), folder, PACKAGE, own=False) == cache.content
     assert "copying path" in (folder / "log").read_text()
     assert "building" not in (folder / "log").read_text()
 
@@ -216,15 +245,13 @@ async def test_a_binary_cache_is_not_asked_without_need(cache: Cache, tmp_path: 
 async def test_what_is_signed_by_nobody_who_is_trusted_is_built(cache: Cache, tmp_path: Path) -> None:
     other = "other-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
 
-    assert (
-        await built(using(tmp_path, cache, other), tmp_path / "o", PACKAGE, substitute=True) != cache.content
-    )
+    assert await built(using(tmp_path, cache, other), tmp_path / "o", PACKAGE, own=False) != cache.content
 
 
 async def test_what_a_binary_cache_does_not_have_is_built(cache: Cache, tmp_path: Path) -> None:
     other = 'p = build "other" "echo built > $out";'
 
-    assert await built(using(tmp_path, cache), tmp_path / "other", other, substitute=True) == "built\n"
+    assert await built(using(tmp_path, cache), tmp_path / "other", other, own=False) == "built\n"
     assert any(path.endswith(".narinfo") for path in cache.asked)
 
 
@@ -232,13 +259,13 @@ async def test_what_a_binary_cache_fails_to_deliver_is_built(cache: Cache, tmp_p
     for file in (tmp_path / "cache/nar").iterdir():
         file.unlink()
 
-    assert await built(using(tmp_path, cache), tmp_path / "o", PACKAGE, substitute=True) != cache.content
+    assert await built(using(tmp_path, cache), tmp_path / "o", PACKAGE, own=False) != cache.content
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://binary-cache.invalid"])
 async def test_a_binary_cache_that_is_dead_only_takes_some_seconds(tmp_path: Path, address: str) -> None:
-    nix = Nix(tmp_path / "own", LIMITS, NixOptions(substituters=(address,)))
+    nix = Nix(tmp_path / "own", LIMITS, NixOptions(substituters=(address,), host_paths=tuple(host_paths())))
 
     began = time.monotonic()
-    assert await built(nix, tmp_path / "other", PACKAGE, substitute=True)
+    assert await built(nix, tmp_path / "other", PACKAGE, own=False)
     assert time.monotonic() - began < 30.0

@@ -28,12 +28,13 @@ from chandlery.errors import (
     evaluation_error,
 )
 from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix_configuration import host_paths
 from chandlery.pinned_source import PinnedSource
 from nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix, resolve, source_of
 
 pytestmark = [pytest.mark.nix, requires_nix]
 
-OFFLINE = NixOptions(substituters=())
+OFFLINE = NixOptions(substituters=(), host_paths=tuple(host_paths()))
 MIB = 1 << 20
 
 

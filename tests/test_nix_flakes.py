@@ -14,6 +14,7 @@ import pytest
 
 from chandlery.errors import NixError
 from chandlery.nix import LockedFlake, Nix, NixLimits, NixOptions
+from chandlery.nix_configuration import host_paths
 from chandlery.pinned_source import PinnedSource
 from nix_package_set import NIXPKGS_SHAPE, SYSTEM, requires_nix
 
@@ -111,7 +112,11 @@ def upstream(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nix(tmp_path: Path) -> Nix:
-    return Nix(tmp_path / "store", NixLimits(evaluation_memory=1 << 30), NixOptions(substituters=()))
+    return Nix(
+        tmp_path / "store",
+        NixLimits(evaluation_memory=1 << 30),
+        NixOptions(substituters=(), host_paths=tuple(host_paths())),
+    )
 
 
 def source(flake: LockedFlake) -> PinnedSource:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.debian_index import DebianMirrors
-from chandlery.errors import InvalidSourceError
+from chandlery.errors import InvalidSourceError, SourceUnavailableError
 from chandlery.image_name import LATEST
 from chandlery.oci import Platform
 from chandlery.package_source import parse
@@ -47,10 +47,29 @@ def test_a_folder_that_has_the_data_folder_in_it_is_refused(tmp_path: Path) -> N
         parse(f"path!{tmp_path}", tmp_path / "data", DebianMirrors())
 
 
+def test_a_link_does_not_hide_that_the_data_folder_is_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "link").symlink_to("set")
+    for folder, data in (("link", "set"), ("set", "link")):
+        with pytest.raises(InvalidSourceError, match=r"the data folder .* is in it"):
+            parse(f"path!{tmp_path / folder}", tmp_path / data / "data", DebianMirrors())
+
+
+async def test_a_folder_without_a_package_set_is_told(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    source = parse(f"path!{tmp_path}/set", tmp_path / "data", DebianMirrors())
+
+    with pytest.raises(
+        SourceUnavailableError, match=r"path!.*/set can't be reached: there is no default\.nix"
+    ):
+        await source.pin(LATEST, AMD64)
+
+
 async def test_a_folder_may_be_written_from_here_or_from_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "set").mkdir()
+    (tmp_path / "set/default.nix").write_text("{ }")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
 

@@ -86,6 +86,7 @@ class OneImage:
     known_tags: Sequence[str] = ("latest",)
     index: Mapping[ManifestFormat, Descriptor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    needed_by: set[str] | None = None
     requests: list[ImageRequest] = field(default_factory=list)
     clients: list[tuple[str, float]] = field(default_factory=list)
 
@@ -101,6 +102,9 @@ class OneImage:
     async def tags(self, request: ImageRequest) -> Sequence[str]:
         self.requests.append(request)
         return self.known_tags
+
+    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
+        return self.needed_by is None or request.name in self.needed_by
 
 
 @dataclass

@@ -38,6 +38,8 @@ def test_a_table_can_be_written_value_by_value(table: dict[str, Any]) -> None:
         ("https://a.blob.example/?sv=1&sig=hush", "https://a.blob.example/?sv=1&sig=***"),
         ("https://example.com/@scope/a", "https://example.com/@scope/a"),
         ("two http://a:b@c and https://d@e", "two http://***@c and https://***@e"),
+        ("git!https://user:hu/sh?@example.com/a", "git!https://***@example.com/a"),
+        ("https://example.com:8080/@scope/a", "https://example.com:8080/@scope/a"),
         ("debian!bookworm", "debian!bookworm"),
     ],
 )

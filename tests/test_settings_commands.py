@@ -9,13 +9,13 @@ import pytest
 
 from chandlery.settings import Settings
 from package_sets import SOURCE
-from servers import LIMIT, environment, free_port
+from servers import LIMIT, free_port, plain_environment
 
 
 def run(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "chandlery", *arguments],
-        env=environment(**variables),
+        env=plain_environment(**variables),
         capture_output=True,
         text=True,
         timeout=LIMIT,

@@ -20,6 +20,7 @@ from chandlery.image_name import LATEST, ImageRequest, Vocabulary
 from chandlery.image_origin import BuildOptions
 from chandlery.leases import Leases
 from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix_configuration import host_paths
 from chandlery.oci import BuiltImage, ManifestFormat, PackedLayer, Platform
 from chandlery.package_source import PackageSource, parse
 from chandlery.pinned_source import PinnedSource
@@ -33,7 +34,7 @@ class WatchedNix(Nix):
     """Nix, and what it was asked to evaluate and to build."""
 
     def __init__(self, folder: Path, limits: NixLimits) -> None:
-        super().__init__(folder, limits, NixOptions(substituters=()))
+        super().__init__(folder, limits, NixOptions(substituters=(), host_paths=tuple(host_paths())))
         self.realised: list[Sequence[str]] = []
         self.evaluated: list[str] = []
         self.running = 0
@@ -47,13 +48,13 @@ class WatchedNix(Nix):
         return await super().resolve(source, system, attribute_paths)
 
     async def realise(
-        self, derivations: Sequence[str], roots: Path, build_log: Path, *, substitute: bool = False
+        self, derivations: Sequence[str], roots: Path, build_log: Path, *, own: bool = True
     ) -> None:
         self.realised.append(derivations)
         self.running += 1
         self.most_at_once = max(self.most_at_once, self.running)
         try:
-            await super().realise(derivations, roots, build_log, substitute=substitute)
+            await super().realise(derivations, roots, build_log, own=own)
         finally:
             self.running -= 1
 

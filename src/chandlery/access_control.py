@@ -10,7 +10,7 @@ the address in it; else for Basic, which goes where the request went.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -63,17 +63,19 @@ class Accounts:
 class AccessControl:
     """Lets clients in; without accounts nobody logs in.
 
-    `sources` are the texts of the package sources by name, the default one's under the empty name: for rules.
+    `sources` are what rules may call each package source, its text first, by the name in a request. What
+    `restricts` is so that a digest has to belong to the image in whose name it is asked for.
     """
 
     def __init__(
         self,
         rules: AccessRules,
-        sources: Mapping[str, str],
+        sources: Mapping[str, Sequence[str]],
         address: PublicAddress,
         accounts: Accounts | None = None,
     ) -> None:
         self.accounts = accounts
+        self.restricts = rules.restrict
         self._rules = rules
         self._sources = sources
         self._address = address

@@ -14,7 +14,7 @@ has written, not what a package depends on, nor that two names mean one package.
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -34,13 +34,18 @@ class Rule(BaseModel):
     requests_per_minute: int = Field(default=0, ge=0)
     builds_per_hour: int = Field(default=0, ge=0)
 
-    def denied(self, request: ImageRequest, source: str) -> tuple[str, ...]:
+    @property
+    def restricts(self) -> bool:
+        """Tell whether there is anything that it refuses."""
+        return (self.allow, self.deny, self.sources) != (("*",), (), ("*",))
+
+    def denied(self, request: ImageRequest, source: Sequence[str]) -> tuple[str, ...]:
         """Give what of a request is refused: the package source, or else packages; profiles count as such.
 
-        `source` is the text of the package source; its name, if the request has one, is as good.
+        `source` is the text of the package source, and its name if it has one: either is as good.
         """
-        if not any(_matches(each, self.sources) for each in (source, request.source) if each):
-            return (f"from {source}",)
+        if not any(_matches(each, self.sources) for each in source):
+            return (f"from {source[0]}",)
         names = (*request.profiles, *request.packages)
         return tuple(name for name in names if _matches(name, self.deny) or not _matches(name, self.allow))
 
@@ -61,6 +66,11 @@ class AccessRules(BaseModel):
         for name, rule in [(None, self.anonymous), *self.users.items()]:
             said = {field: getattr(rule, field) for field in rule.model_fields_set}
             self._complete[name] = self.default.model_copy(update=said)
+
+    @property
+    def restrict(self) -> bool:
+        """Tell whether there is anything that not everybody may have."""
+        return any(rule.restricts for rule in (self.default, *self._complete.values()))
 
     def of(self, user: str | None) -> Rule:
         """Give the rule of a user; None is a client that has not logged in."""

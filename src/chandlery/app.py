@@ -99,7 +99,9 @@ def open_nix(settings: Settings) -> Nix:
         builder_timeout=settings.builder_timeout,
         evaluation_memory=settings.evaluation_memory,
     )
-    options = NixOptions(settings.allowed_uris, settings.substituters, settings.trusted_public_keys)
+    options = NixOptions(
+        settings.allowed_uris, settings.substituters, settings.trusted_public_keys, settings.host_paths
+    )
     return Nix(settings.data_dir / "nix" if settings.nix_store == "own" else None, limits, options)
 
 
@@ -156,7 +158,10 @@ def access_control(settings: Settings) -> AccessControl | None:
     if accounts is None and not settings.access.model_fields_set:
         return None
     address = PublicAddress(settings.public_url, parse_networks(settings.trusted_proxies))
-    sources = {name: without_secrets(each.location) for name, each in settings.all_sources.items()}
+    sources = {
+        name: (without_secrets(each.location), *((name,) if name else ()))
+        for name, each in settings.all_sources.items()
+    }
     sources[""] = sources[settings.default_source]
     return AccessControl(settings.access, sources, address, accounts)
 

@@ -164,7 +164,9 @@ class BuildIndex:
             )
             database.execute("DELETE FROM blobs WHERE key = ?", (key,))
             database.executemany("REPLACE INTO blobs VALUES (?, ?, ?, ?)", blobs)
-            database.execute("REPLACE INTO tags VALUES (?, ?, ?)", (request.name, request.reference, key))
+            # The tag that was asked for, and the one that will always mean this revision.
+            tags = ((request.name, tag, key) for tag in (request.reference, origin.pin.tag))
+            database.executemany("REPLACE INTO tags VALUES (?, ?, ?)", tags)
 
     def image_index(self, digest: Digest) -> bytes | None:
         """Give an OCI index that a tag once named; the images that it lists are made again if need be."""
@@ -207,6 +209,11 @@ class BuildIndex:
             (RecordedBlob(key, size, bool(is_manifest), bool(kept)) for key, size, is_manifest, kept in rows),
             None,
         )
+
+    def needs(self, name: str, digest: Digest) -> bool:
+        """Tell whether an image of this name needs a blob; an OCI index is for all, its images aren't."""
+        query = "SELECT 1 FROM blobs JOIN images USING (key) WHERE digest = ? AND name = ? LIMIT 1"
+        return bool(self._read(query, (digest.hex, name))) or self.image_index(digest) is not None
 
     def origins(self, digest: Digest, limit: int) -> list[ImageOrigin]:
         """Give what images that need a blob were made from, at most `limit`, in the order of `blob`."""
@@ -287,7 +294,7 @@ class BuildIndex:
             database.executemany("DELETE FROM layers WHERE digest = ?", [(each.hex,) for each in digests])
 
     def forget_origins(self, remembered: int) -> None:
-        """Forget images that were collected, all but as many as `remembered`, and the oldest OCI indexes."""
+        """Forget images that were collected and OCI indexes, all but as many as `remembered`."""
         keys = self._ask(
             "SELECT key FROM images WHERE NOT kept ORDER BY last_used DESC LIMIT -1 OFFSET ?", (remembered,)
         )

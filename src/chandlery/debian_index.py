@@ -20,6 +20,7 @@ import anyio.to_process
 import msgspec
 import structlog
 
+from chandlery.data_folder import durably_replace
 from chandlery.debian_lock import DebianLock, parse_packages
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
 
@@ -316,8 +317,8 @@ def keep_lock(folder: Path, texts: Sequence[str], addresses: Sequence[str]) -> t
         os.sync()
         locks.mkdir(exist_ok=True)
         aside.rename(locks / revision)
-    _replace(folder / "mirrors.json", msgspec.json.encode(list(addresses)))
-    _replace(folder / "current", revision.encode())
+    durably_replace(folder / "mirrors.json", msgspec.json.encode(list(addresses)))
+    durably_replace(folder / "current", revision.encode())
     (locks / revision).touch()
     by_age = sorted(locks.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
     for old in by_age[KEPT_LOCKS:]:
@@ -338,12 +339,3 @@ def _running_release() -> str:
         return ""
     match = re.search(r"^VERSION_CODENAME=(\S+)$", text, re.MULTILINE)
     return match[1] if match else ""
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.new")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

@@ -265,6 +265,10 @@ class ImageBuilder:
             await self._maker.resolve(ImageOrigin(pin, request, self._options))
         return sorted({LATEST, pin.tag, *self._index.tags(request.name)})
 
+    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
+        """Tell whether an image of this name was made that needs a blob, at whatever revision."""
+        return await asyncio.to_thread(self._index.needs, request.name, digest)
+
     async def _image_of(self, origin: ImageOrigin, client: str, deadline: float | None) -> BuiltImage:
         known = await self.known(origin.key)
         if known is not None:

@@ -192,9 +192,8 @@ class ImageMaker:
             "derivations": msgspec.json.encode(described).decode(),
         }
         together = await self._nix.instantiate("together.nix", arguments, job.roots)
-        # Nobody has a binary cache of the Debian set, and a look at one may take seconds.
-        substitute = job.origin.pin.kind != "debian"
-        await self._nix.realise([together], job.roots, job.build.log_file, substitute=substitute)
+        own = job.origin.pin.kind == "debian"
+        await self._nix.realise([together], job.roots, job.build.log_file, own=own)
 
     async def _layer(self, job: Job, group: LayerGroup) -> PackedLayer:
         """Give a group's layer, packing it unless it is known; never twice at once."""

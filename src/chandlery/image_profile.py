@@ -60,6 +60,15 @@ class Profile:
             match = _PORT.fullmatch(port)
             if match is None or not 0 < int(match[1]) < 65536:
                 raise ValueError(f"exposed_ports: {port!r} is no port: write 8080, 8080/tcp or 8080/udp")
+        texts = (*self.packages, *self.entrypoint, *self.command, self.working_directory)
+        if any("\0" in text for text in (*texts, *self.environment.values(), *self.labels.values())):
+            raise ValueError("no text may have a zero byte in it")
+        if not all(re.fullmatch(r"[\w.+-]+", package) for package in self.packages):
+            raise ValueError(
+                f"packages {list(self.packages)}: name attribute paths, such as python3Packages.numpy"
+            )
+        if not all(self.labels):
+            raise ValueError("labels: one has no name")
         for name in self.environment:
             if _VARIABLE.fullmatch(name) is None:
                 raise ValueError(f"environment: {name!r} is no name of a variable")

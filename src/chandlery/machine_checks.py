@@ -4,6 +4,7 @@ Nothing is changed: what has to be written to try something is written to a fold
 disk of the data folder, and removed. A server may run meanwhile.
 """
 
+import asyncio
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from chandlery.debian_index import DebianIndex, DebianMirrors
 from chandlery.doctor import Check, Outcome, Status, in_thread
 from chandlery.errors import ChandleryError
 from chandlery.image_name import LATEST
+from chandlery.nix import Nix
 from chandlery.object_store import open_blob_store
 from chandlery.oci import Platform
 from chandlery.setting_values import without_secrets
@@ -69,13 +71,14 @@ def machine_checks(settings: Settings, scratch: Path, clock: Clock = time.time) 
     """Give the checks for these settings; what they write goes to `scratch`."""
     # All that has a folder of its own in the data folder has it there instead.
     aside = settings.model_copy(update={"data_dir": scratch})
+    made = asyncio.Lock()
     checks = [
         Check("settings", partial(_settings, settings)),
         Check("data folder", lambda: in_thread(partial(_data_folder, settings))),
         Check("disk", lambda: in_thread(partial(_disk, settings))),
         Check("memory", lambda: in_thread(partial(_memory, settings))),
-        Check("nix", partial(_nix, settings, aside)),
-        Check("sandbox", partial(_sandbox, aside), limit=120.0),
+        Check("nix", partial(_nix, settings, aside, made)),
+        Check("sandbox", partial(_sandbox, aside, made), limit=120.0),
         Check("storage", partial(_storage, aside)),
         Check("clock", partial(_clock, settings, scratch, clock)),
         Check("address", partial(_address, settings), limit=30.0),
@@ -84,7 +87,7 @@ def machine_checks(settings: Settings, scratch: Path, clock: Clock = time.time) 
     if settings.tls_certificate or settings.tls_key:
         checks.append(Check("certificate", lambda: in_thread(partial(_certificate, settings, aside, clock))))
     for name, source in settings.all_sources.items():
-        pin = partial(_source, aside, name, source)
+        pin = partial(_source, aside, name, source, made)
         checks.append(Check(f"sources.{name}" if name else "source", pin, _SOURCE_LIMIT))
     return checks
 
@@ -176,12 +179,20 @@ def _memory_limit() -> int | None:
     return None if limit == "max" else int(limit)
 
 
-async def _nix(settings: Settings, aside: Settings) -> Outcome:
+async def _opened(settings: Settings, made: asyncio.Lock) -> tuple[Nix, str]:
+    """Give a Nix that has its store, and the version; Nix 2.8 fails if two make a store at once."""
+    nix = open_nix(settings)
+    async with made:
+        return nix, await nix.check()
+
+
+async def _nix(settings: Settings, aside: Settings, made: asyncio.Lock) -> Outcome:
     if missing := _missing_store(settings):
         return missing
     # A store that isn't there would be made.
     there = settings.nix_store == "machine" or (settings.data_dir / "nix" / "nix").is_dir()
-    version = (await open_nix(settings if there else aside).check()).rpartition(" ")[2]
+    _, said = await _opened(settings if there else aside, made)
+    version = said.rpartition(" ")[2]
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     text = (
         f"Nix {version}, with {'a store of its own' if settings.nix_store == 'own' else 'the store in /nix'}"
@@ -204,12 +215,11 @@ def _missing_store(settings: Settings) -> Outcome | None:
     return Outcome("there is no Nix store in /nix", Status.FAILURE, remedy)
 
 
-async def _sandbox(aside: Settings) -> Outcome:
+async def _sandbox(aside: Settings, made: asyncio.Lock) -> Outcome:
     if missing := _missing_store(aside):
         return missing
-    nix = open_nix(aside)
     try:
-        await nix.check()
+        nix, _ = await _opened(aside, made)
         await nix.check_build()
     except ChandleryError as error:
         return Outcome(without_secrets(str(error)), Status.FAILURE, _why_no_namespaces())
@@ -231,9 +241,11 @@ def _why_no_namespaces() -> str:
     return ""
 
 
-async def _source(aside: Settings, name: str, source: SourceSettings) -> Outcome:
+async def _source(aside: Settings, name: str, source: SourceSettings, made: asyncio.Lock) -> Outcome:
     alone = {"sources": {name: source}, "source": name} if name else {"sources": {}}
-    sources = open_sources(aside.model_copy(update=alone), open_nix(aside))
+    # Only a flake is fetched by Nix.
+    nix = (await _opened(aside, made))[0] if source.location.startswith("flake!") else open_nix(aside)
+    sources = open_sources(aside.model_copy(update=alone), nix)
     try:
         pinned = await sources.of("").pin(LATEST, sources.platforms("")[0])
         return Outcome(f"{sources.of('').text} is at {pinned.tag}")

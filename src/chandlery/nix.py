@@ -145,12 +145,13 @@ class Nix:
         return sources
 
     async def realise(
-        self, derivations: Sequence[str], roots: Path, build_log: Path, *, substitute: bool = False
+        self, derivations: Sequence[str], roots: Path, build_log: Path, *, own: bool = True
     ) -> None:
         """Build what isn't there, and protect it from Nix's garbage collector by links in `roots`.
 
-        A derivation may be followed by `!` and the output that is wanted, else all of them are. With
-        `substitute`, binary caches are asked first. Everything that Nix says goes to `build_log` as it comes.
+        A derivation may be followed by `!` and the output that is wanted, else all of them are. What isn't
+        of Chandlery's `own` expressions sees nothing of this machine but what the options say, and binary
+        caches are asked for it first. Everything that Nix says goes to `build_log` as it comes.
         Raises `BuildError`, `BuildTimeoutError` when the limit is reached, `DerivationMissingError`.
         """
         roots.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ class Nix:
             try:
                 result = await self._run(
                     *command,
-                    purpose=Purpose.SUBSTITUTE if substitute else Purpose.BUILD,
+                    purpose=Purpose.BUILD if own else Purpose.BUILD_OTHERS,
                     timeout=self._limits.build_timeout,
                     on_output=write,
                     check=False,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from chandlery.nix_output import LOG_TAIL
 
-# What builders of Chandlery's own may find of this machine in their sandbox, such as the programs that unpack
-# a .deb. Only derivations that ask for it have it (`__impureHostDeps`).
+# What builders of Chandlery's own may find of this machine in their sandbox, such as what unpacks a .deb.
+# Only derivations that ask for it have it (`__impureHostDeps`). Others' may not: Nix lets them ask for
+# whatever is below, and follows the links that are there, on Debian from /usr to keys in /etc.
 _HOST_PATHS = ("/bin", "/usr", "/lib", "/lib64", "/var/lib/dpkg")
 
 # What programs need to be found, and to reach others; none of it is a secret.
@@ -45,23 +46,26 @@ class NixOptions:
     """What the operator chooses: beginnings of addresses that evaluations may fetch from, and binary caches.
 
     Binary caches, and the keys that sign them, are those of Chandlery's own store; None is Nix's default.
+    `host_paths` is what builders of package sets other than the Debian set may ask to see of this machine.
     """
 
     allowed_uris: tuple[str, ...] = ("https:", "http:")
     substituters: tuple[str, ...] | None = None
     trusted_public_keys: tuple[str, ...] | None = None
+    host_paths: tuple[str, ...] = ()
 
 
 class Purpose(Enum):
     """What a call is for: it decides what Nix sees of this machine, and whether it asks binary caches.
 
+    BUILD is for what Chandlery's own expressions describe, BUILD_OTHERS for every other package set.
     EVALUATE reads files that are named, and PURELY_EVALUATE none: a flake has all that it needs in the store.
     FETCH has the operator's credentials, for git and ssh.
     """
 
     OWN = "own"
     BUILD = "build"
-    SUBSTITUTE = "substitute"
+    BUILD_OTHERS = "build others"
     EVALUATE = "evaluate"
     PURELY_EVALUATE = "purely evaluate"
     FETCH = "fetch"
@@ -119,7 +123,6 @@ class NixConfiguration:
             "experimental-features": "nix-command",
             "sandbox": "true",
             "sandbox-fallback": "false",
-            "allowed-impure-host-deps": " ".join(host_paths()),
             # How often (seconds) to see whether another Nix has built what this one waits for; 5 if not set.
             "build-poll-interval": "1",
             "max-jobs": str(self.limits.jobs),
@@ -143,19 +146,21 @@ class NixConfiguration:
         return settings
 
     def _settings_for(self, purpose: Purpose) -> dict[str, str]:
+        # What is evaluated may be built meanwhile.
+        others = {"allowed-impure-host-deps": " ".join(self.options.host_paths)}
         match purpose:
             case Purpose.EVALUATE:
                 uris = " ".join(self.options.allowed_uris)
-                return {"restrict-eval": "true", "allowed-uris": uris}
+                return others | {"restrict-eval": "true", "allowed-uris": uris}
             case Purpose.PURELY_EVALUATE:
-                return {"experimental-features": "nix-command flakes", "pure-eval": "true"}
+                return others | {"experimental-features": "nix-command flakes", "pure-eval": "true"}
             case Purpose.FETCH:
                 return {"experimental-features": "nix-command flakes", "accept-flake-config": "false"}
-            case Purpose.SUBSTITUTE:
-                return {"connect-timeout": "5"}
+            case Purpose.BUILD_OTHERS:
+                return others | {"connect-timeout": "5"}
             case _:
                 # A binary cache that can't be reached costs seconds, each time that Nix asks.
-                return {"substitute": "false"}
+                return {"substitute": "false", "allowed-impure-host-deps": " ".join(host_paths())}
 
 
 def _own_folders() -> dict[str, str]:

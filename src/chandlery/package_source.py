@@ -134,7 +134,7 @@ def _path(place: _Place) -> PackageSource:
     # One that is away for now is served as it was.
     if not path.exists() and not source.was_pinned:
         raise InvalidSourceError(place.text, f"there is no folder {path}")
-    if place.folder.absolute().is_relative_to(path):
+    if place.folder.resolve().is_relative_to(path.resolve()):
         raise InvalidSourceError(place.text, f"the data folder {place.folder} is in it, and always changes")
     return source
 

@@ -90,6 +90,10 @@ class ImageSource(Protocol):
         """Give the tags of an image, in any order; the request's reference means nothing here."""
         ...
 
+    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
+        """Tell whether an image of this name was made that needs a blob, at whatever revision."""
+        ...
+
 
 class _ManifestKind(msgspec.Struct, rename="camel"):
     """What tells a manifest from any other blob."""
@@ -161,9 +165,9 @@ class _RegistryAPI:
 
     async def blob(self, request: Request) -> Response:
         """Give a blob or ranges of it (end-2)."""
-        await self._image_request(request)
+        wanted = await self._image_request(request)
         digest = Digest.parse(request.path_params["digest"])
-        info = await self._blobs.stat(digest)
+        info = await self._blobs.stat(digest) if await self._may_have(wanted, digest) else None
         if info is None:
             raise BlobNotFoundError(str(digest))
         headers = {**_digest_headers(digest), "cache-control": self._for_ever, "accept-ranges": "bytes"}
@@ -192,9 +196,9 @@ class _RegistryAPI:
         reference = request.path_params["reference"]
         if image_name.is_digest(reference):
             digest = Digest.parse(reference)
-            await self._image_request(request)
+            wanted = await self._image_request(request)
             try:
-                descriptor, content = await self._manifest_by_digest(request.path_params["name"], digest)
+                descriptor, content = await self._manifest_by_digest(wanted, digest)
             except BuildPendingError as pending:
                 return self._keep_waiting(request, pending)
             headers = {"cache-control": self._for_ever}
@@ -275,10 +279,16 @@ class _RegistryAPI:
             request.state.client = client.key
         return wanted
 
-    async def _manifest_by_digest(self, name: str, digest: Digest) -> tuple[Descriptor, bytes]:
+    async def _may_have(self, wanted: ImageRequest, digest: Digest) -> bool:
+        """Tell whether who may have an image may have a blob, if not everybody may have everything."""
+        control = self._access.control
+        return control is None or not control.restricts or await self._images.needs(wanted, digest)
+
+    async def _manifest_by_digest(self, wanted: ImageRequest, digest: Digest) -> tuple[Descriptor, bytes]:
         """Read a manifest, and be sure that it is one: the blob store also holds layers and configs."""
+        name = wanted.name
         try:
-            info = await self._blobs.stat(digest)
+            info = await self._blobs.stat(digest) if await self._may_have(wanted, digest) else None
         except BlobNotFoundError as error:
             raise ReferenceNotFoundError(name, str(digest), error.reason) from error
         if info is not None and info.size <= _LARGEST_MANIFEST:

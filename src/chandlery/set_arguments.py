@@ -35,7 +35,12 @@ class PinnedArguments:
     stale: str = ""
 
     def source(self, kind: str, location: str, revision: str, tree: Path, stale: str = "") -> PinnedSource:
-        """Give the package set that stands in a tree, called with these."""
+        """Give the package set that stands in a tree, called with these.
+
+        `SourceUnavailableError` if there is none.
+        """
+        if not (tree / "default.nix").exists():
+            raise SourceUnavailableError(f"{kind}!{location}", f"there is no default.nix at {revision[:16]}")
         reasons = "; ".join(each for each in (stale, self.stale) if each)
         nix = {"tree": str(tree), "config": self.config, "overlays": list(self.overlays)}
         return PinnedSource(kind, location, revision, self.variant, nix, reasons)

@@ -9,8 +9,9 @@ MASK = "***"
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SECRET_NAME = re.compile(r"secret|token|password|passwd|credential|(^|_)(sas|key)", re.IGNORECASE)
-# RFC 3986, section 3.2.1: what stands before the @.
-_USER = re.compile(r"([a-z][a-z0-9+.-]*://)([^/?#@\s:]*)(:[^/?#\s]*)?@", re.IGNORECASE)
+# RFC 3986, section 3.2.1: what stands before the @. A password may have characters that it should not, but is
+# no port.
+_USER = re.compile(r"([a-z][a-z0-9+.-]*://)([^/?#@\s:]*)(:(?![0-9]+/)\S*)?@", re.IGNORECASE)
 _QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 

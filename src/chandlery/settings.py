@@ -166,6 +166,9 @@ class Settings(BaseSettings):
     allowed_uris: tuple[str, ...] = Field(
         ("https:", "http:"), description="beginnings of addresses that an evaluation may fetch from"
     )
+    host_paths: tuple[str, ...] = Field(
+        (), description="paths of this machine that builders may ask to see; the Debian set needs none here"
+    )
     substituters: tuple[str, ...] | None = Field(
         None, description="binary caches of Nix's own store; unset: Nix's default"
     )
