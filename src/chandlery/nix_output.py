@@ -42,6 +42,9 @@ _MISSING_DERIVATION = re.compile(
     # Nix 2.8 may find a path that a build needs, and lose it to the collector before it protects it.
     r"|error: path '/nix/store/[^']+' is not valid"
 )
+_HOST_PATH_DENIED = re.compile(
+    r"derivation '([^']+)' requested impure path '([^']+)', but it was not in allowed-impure-host-deps"
+)
 _TRACE_HINT = "(use '--show-trace' to show detailed location information)"
 _NIX_LINE = re.compile(
     r"(this|these) .*(will be (built|fetched)|derivations?)|  /nix/store/|building '|error: |warning: "
@@ -88,6 +91,10 @@ def build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildErro
     failed = _BUILDER_FAILED.search(stderr)
     if failed is not None:
         return BuildError(package_name(failed[1]), f"its builder {failed[2]}", tail)
+    denied = _HOST_PATH_DENIED.search(stderr)
+    if denied is not None:
+        reason = f"its builder asks to see {denied[2]} of this machine, which host_paths doesn't name"
+        return BuildError(package_name(denied[1]), reason, tail)
     return BuildError(", ".join(map(package_name, derivations)), last_error(stderr), tail)
 
 
