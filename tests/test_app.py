@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chandlery.access_rules import Rule
-from chandlery.app import access_control, certificate
+from chandlery.app import access_control, certificate, configured_popularity
 from chandlery.errors import SettingsError
 from chandlery.settings import Settings
 
@@ -107,3 +107,20 @@ def test_a_certificate_and_its_key_go_together(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="go together"):
             certificate(settings(tmp_path, **{name: tmp_path / "file"}))
     assert certificate(settings(tmp_path, tls_certificate=tmp_path / "a", tls_key=tmp_path / "b"))
+
+
+@pytest.mark.parametrize("content", ["", "<html>", '{"version": 9}'])
+async def test_what_is_no_table_of_popularity_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "table.json"
+    file.write_text(content)
+    with pytest.raises(SettingsError, match=rf"popularity: .*{file}"):
+        await configured_popularity(settings(tmp_path, popularity=str(file)))
+
+
+async def test_a_table_of_popularity_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"popularity: /nowhere/table.json: No such file"):
+        await configured_popularity(settings(tmp_path, popularity="/nowhere/table.json"))
+
+
+async def test_without_a_table_of_popularity_there_is_an_empty_one(tmp_path: Path) -> None:
+    assert not await configured_popularity(settings(tmp_path))

@@ -28,7 +28,7 @@ LAYERS = (
     "image_builder",
     "sources",
     "image_maker",
-    "build_queue build_index package_resolver",
+    "build_queue build_index package_resolver popularity_tables",
     "unfinished_builds",
     "image_origin leases root_layer",
     "nix",

@@ -50,7 +50,7 @@ async def test_a_refresh_makes_a_lock_of_the_suite_its_updates_and_its_security_
     assert pinned.mirrors == (main, main, security)
     assert {"bash", "git", "new", "bashInteractive"} <= set(names(index))
     shards = "".join(path.read_text() for path in pinned.lock.glob("*.json"))
-    assert '"filename":"pool/main/git_3_amd64.deb","name":"git","repository":2' in shards
+    assert '"filename":"pool/main/git_3_amd64.deb","installed_size":0,"name":"git","repository":2' in shards
     assert "git_1_all.deb" not in shards
     assert "git_2_all.deb" not in shards
 
@@ -356,6 +356,7 @@ def test_the_latest_locks_are_kept_and_older_ones_removed(tmp_path: Path) -> Non
     others = [f"{number:064x}" for number in range(KEPT_LOCKS)]
     for age, other in enumerate(others):
         (tmp_path / "locks" / other).mkdir()
+        (tmp_path / "locks" / other / "popularity.json").touch()
         os.utime(tmp_path / "locks" / other, (time.time() - age, time.time() - age))
     # One that comes back is the latest.
     os.utime(tmp_path / "locks" / revision, (0, 0))
@@ -372,6 +373,7 @@ def test_the_locks_that_images_need_are_removed_last_and_of_those_the_least_want
     revisions = [f"{number:064x}" for number in range(KEPT_LOCKS + 1)]
     for age, revision in enumerate(revisions):
         (tmp_path / "locks" / revision).mkdir(parents=True)
+        (tmp_path / "locks" / revision / "popularity.json").touch()
         os.utime(tmp_path / "locks" / revision, (time.time() - 1000 - age, time.time() - 1000 - age))
     index = an_index(tmp_path)
     index.keep([*revisions[:0:-1], "f" * 64])
@@ -388,7 +390,8 @@ def is_whole(folder: Path, texts: Sequence[str]) -> bool:
     pinned = an_index(folder).current()
     assert pinned is not None
     on_disk = {path.name: path.read_bytes() for path in pinned.lock.iterdir()}
-    return pinned.revision == lock.revision() and on_disk == dict(lock.files())
+    files = {**dict(lock.files()), "popularity.json": lock.popularity().encode()}
+    return pinned.revision == lock.revision() and on_disk == files
 
 
 def test_a_kill_while_a_lock_is_made_leaves_the_old_one_in_force_and_nothing_in_the_way(

@@ -18,6 +18,7 @@ def package(
     version: str = "1",
     priority: str = "optional",
     repository: int = 0,
+    installed_size: int = 5,
 ) -> Package:
     content = repr((name, version, depends, provides, priority))
     return Package(
@@ -29,6 +30,7 @@ def package(
         hashlib.sha256(content.encode()).hexdigest(),
         parse_relations(depends),
         tuple(one for either in parse_relations(provides) for one in either),
+        installed_size,
     )
 
 
@@ -55,6 +57,7 @@ Description: GNU Bourne Again SHell
  Package: this is a line of a description
  Depends: so is this
 Provides: shell, sh (= 5.2)
+Installed-Size: 7165
 Priority: required
 Filename: pool/main/b/bash/bash_5.2.15-2+b2_amd64.deb
 SHA256: ab
@@ -65,6 +68,7 @@ Version: 1
 
 Package: last
 Version: 1:2~rc1
+Installed-Size: much
 Filename: pool/last.deb
 SHA256: cd"""
 
@@ -86,6 +90,7 @@ def test_a_paragraph_is_a_package_and_pre_dependencies_come_first() -> None:
             (Relation("debianutils", ">=", "5.6-0.1"),),
         ),
         (Relation("shell"), Relation("sh", "=", "5.2")),
+        7165,
     )
     assert last == Package("last", "1:2~rc1", "", 7, "pool/last.deb", "cd")
 
@@ -401,6 +406,7 @@ def test_every_name_and_every_unit_is_found_by_its_sha256() -> None:
                     "repository": each.repository,
                     "filename": each.filename,
                     "sha256": each.sha256,
+                    "installed_size": 5,
                 }
                 for each in unit.packages
             ],
@@ -417,6 +423,7 @@ def test_every_name_and_every_unit_is_found_by_its_sha256() -> None:
         lock_of(package("a", "b"), package("b"), package("c")),
         lock_of(package("a", "b"), package("b", repository=1)),
         lock_of(package("a", "b"), package("b", provides="v")),
+        lock_of(package("a", "b"), package("b", installed_size=6)),
         lock_of(package("a", "b"), package("b"), aliases={"A": ["a"]}),
     ],
 )
@@ -426,3 +433,23 @@ def test_a_revision_is_the_hash_of_all_of_a_lock(other: DebianLock) -> None:
     assert lock.revision() == lock_of(package("b"), package("a", "b")).revision()
     assert lock.revision() != other.revision()
     assert len(lock.revision()) == 64
+
+
+def test_popularity_counts_units_and_knows_what_every_image_and_every_shell_has() -> None:
+    apps = [package(f"app{number}", "libc, gui") for number in range(300)]
+    others = [package(f"tool{number}", "libc") for number in range(300)]
+    gui = [package("gui", "libc, gui-data"), package("gui-data", "libc")]
+    cycle = [package("one", "two"), package("two", "one")]
+    base = [package("ca-certificates", "openssl"), package("openssl"), package("libc")]
+    lock = lock_of(*apps, *others, *gui, *cycle, *base, aliases={"cacert": ["ca-certificates"]})
+    popularity = lock.popularity()
+
+    assert popularity["app7"] == 1
+    assert popularity["gui"] == 301
+    assert popularity["libc"] == 603
+    assert popularity["one"] == 1
+    assert "two" not in popularity
+    assert popularity["openssl"] == popularity["ca-certificates"] == len(lock.units)
+    assert popularity.groups["gui"] == popularity.groups["gui-data"] != popularity.groups.get("libc")
+    assert popularity.groups["openssl"] == popularity.groups["ca-certificates"]
+    assert lock.popularity().identity == popularity.identity

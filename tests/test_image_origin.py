@@ -33,6 +33,7 @@ ORIGIN = ImageOrigin(PIN, REQUEST, BuildOptions())
         replace(ORIGIN, request=replace(REQUEST, profile=Profile(labels={"a": "b"}))),
         replace(ORIGIN, request=replace(REQUEST, profile=Profile(exposed_ports=("80",)))),
         replace(ORIGIN, request=replace(REQUEST, platform=Platform("linux", "arm64"))),
+        replace(ORIGIN, popularity="4" * 64),
         replace(ORIGIN, options=BuildOptions(max_layers=95)),
         replace(ORIGIN, options=BuildOptions(compression="zstd")),
         replace(ORIGIN, options=BuildOptions(strategy="other")),
@@ -54,6 +55,7 @@ def test_whatever_is_another_in_an_origin_is_another_image(other: ImageOrigin) -
         replace(ORIGIN, pin=replace(PIN, stale="the mirror is dead")),
         replace(ORIGIN, pin=replace(PIN, nix={"lock": "/elsewhere"})),
         replace(ORIGIN, pin=replace(PIN, nix=None)),
+        replace(ORIGIN, pin=replace(PIN, popularity="/elsewhere/popularity.json")),
     ],
 )
 def test_what_the_tag_was_and_where_nix_finds_the_source_make_no_other_image(same: ImageOrigin) -> None:

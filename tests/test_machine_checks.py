@@ -15,6 +15,7 @@ from certificates import make_certificate
 from chandlery.data_folder import RunMarker
 from chandlery.doctor import Outcome, Status, examine
 from chandlery.machine_checks import machine_checks, scratch_folder
+from chandlery.popularity import Popularity
 from chandlery.settings import Settings
 from debian_packages import Deb
 from debian_repository import DebianRepository, debian_repository
@@ -287,6 +288,16 @@ async def test_a_bucket_that_can_not_be_reached(tmp_path: Path) -> None:
     assert found.status == Status.FAILURE
     assert "s3://images" in found.text
     assert "hush" not in found.text
+
+
+async def test_a_table_of_popularity(tmp_path: Path) -> None:
+    table, data = tmp_path / "popularity.json", tmp_path / "data"
+    missing = await outcome("popularity", data, popularity=str(table))
+    assert missing.status == Status.FAILURE
+    assert str(table) in missing.text
+    table.write_bytes(Popularity({"a": 2, "b": 1}, {"a": "a", "b": "a"}).encode())
+    found = await outcome("popularity", data, popularity=str(table))
+    assert found == Outcome("the table knows 2 packages, and 1 groups")
 
 
 # address, access and TLS

@@ -123,6 +123,20 @@ def test_a_plan_of_an_image_is_shown() -> None:
     assert all(layer["inRegistry"] == 0 for layer in shown["layers"])
 
 
+@pytest.mark.nix
+def test_a_plan_of_an_image_knows_what_the_servers_table_says(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.write_bytes(Popularity({"hello": 7}).encode())
+    monkeypatch.setenv("CHANDLERY_POPULARITY", str(table))
+    shown = json.loads(run("plan", "hello", "--source", SOURCE, "--json"))
+    assert max(layer["popularity"] for layer in shown["layers"]) == 7
+    other = tmp_path / "other.json"
+    other.write_bytes(Popularity({"hello": 8}).encode())
+    shown = json.loads(run("plan", "hello", "--source", SOURCE, "--json", "--popularity", other))
+    assert max(layer["popularity"] for layer in shown["layers"]) == 8
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     names = {path: path.rpartition("/")[2] for path in (APP, LIB, DATA)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+import layers
 from chandlery.blob_store import BlobInfo
 from chandlery.build_queue import SELF_REPAIR
 from chandlery.debian_index import DebianMirrors
@@ -17,6 +18,7 @@ from chandlery.image_builder import BuildCapacity
 from chandlery.image_origin import BuildOptions
 from chandlery.oci import OCI_LAYER, BuiltImage, Descriptor, ManifestFormat
 from chandlery.package_source import PackageSource, parse
+from chandlery.popularity import Popularity
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.root_layer import RootLayerOptions
 from workshop import Workshop, opened
@@ -45,9 +47,10 @@ async def repairing(
     options: BuildOptions | None = None,
     capacity: BuildCapacity | None = None,
     source: PackageSource | None = None,
+    popularity: Popularity | None = None,
 ) -> AsyncIterator[Repairs]:
     async with (
-        opened(folder, options=options, capacity=capacity, source=source) as workshop,
+        opened(folder, options=options, capacity=capacity, source=source, popularity=popularity) as workshop,
         workshop.leases.lease() as lease,
     ):
         yield Repairs(workshop, RepairedBlobs(workshop.blobs, workshop.index, workshop.builder, lease, hold))
@@ -166,6 +169,55 @@ async def test_an_image_that_was_made_with_other_options_is_made_again_with_thos
             repairs.file(each.digest).unlink()
         for each in image.descriptors:
             assert await repairs.blobs.stat(each.digest) == BlobInfo(each.size)
+
+
+# The table that an image was planned with
+
+PARTS = [f"part-{number}" for number in range(12)]
+
+
+def together(*names: str) -> Popularity:
+    """Say that packages go together, whatever is needed more."""
+    return Popularity(dict.fromkeys(PARTS, 1), dict.fromkeys(names, names[0]))
+
+
+async def test_an_image_is_planned_with_the_operators_table(tmp_path: Path) -> None:
+    async with repairing(tmp_path, popularity=together(*PARTS[:3])) as repairs:
+        image = await repairs.workshop.image("assembly")
+        contents = [
+            {
+                name.split("/")[2][33:]
+                for name in layers.layer(repairs.workshop.blob(each)).getnames()
+                if "-" in name
+            }
+            for each in image.layers[:-1]
+        ]
+        assert {f"{part}-1.0" for part in PARTS[:3]} in contents
+        assert {f"{PARTS[3]}-1.0"} in contents
+
+
+async def test_an_image_is_made_again_with_the_table_that_it_was_planned_with(tmp_path: Path) -> None:
+    async with repairing(tmp_path, popularity=together(*PARTS[:3])) as before:
+        image = await before.workshop.image("assembly")
+    async with repairing(tmp_path, popularity=together(*PARTS[3:])) as repairs:
+        other = await repairs.workshop.image("assembly")
+        assert other.manifests != image.manifests
+        for each in image.descriptors:
+            repairs.file(each.digest).unlink()
+        for each in image.descriptors:
+            assert await repairs.blobs.stat(each.digest) == BlobInfo(each.size)
+
+
+async def test_without_its_table_an_image_is_not_made_again_as_another(tmp_path: Path) -> None:
+    async with repairing(tmp_path, popularity=together(*PARTS[:3])) as before:
+        image = await before.workshop.image("assembly")
+    shutil.rmtree(tmp_path / "popularity")
+    async with repairing(tmp_path) as repairs:
+        digest = a_blob(image, "manifest")
+        repairs.file(digest).unlink()
+        with pytest.raises(BlobNotFoundError, match="is not kept any more"):
+            await repairs.blobs.stat(digest)
+        assert (await repairs.workshop.image("assembly")).manifests != image.manifests
 
 
 # What the source has no longer

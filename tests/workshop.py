@@ -24,6 +24,7 @@ from chandlery.nix_configuration import host_paths
 from chandlery.oci import BuiltImage, ManifestFormat, PackedLayer, Platform
 from chandlery.package_source import PackageSource, parse
 from chandlery.pinned_source import PinnedSource
+from chandlery.popularity import Popularity
 from chandlery.sources import Sources
 from package_sets import SOURCE, Gates
 
@@ -140,6 +141,7 @@ async def opened(
     limits: NixLimits | None = None,
     blobs_folder: Path | None = None,
     source: PackageSource | None = None,
+    popularity: Popularity | None = None,
 ) -> AsyncIterator[Workshop]:
     source = source or parse(SOURCE, folder, DebianMirrors("", "", ""))
     gates = Gates(folder / "gates", folder)
@@ -152,6 +154,7 @@ async def opened(
     ):
         await nix.check()
         async with ImageBuilder(
-            Sources.of_one(source), nix, blobs, index, leases, folder, options, capacity
+            *(Sources.of_one(source), nix, blobs, index, leases, folder, options, capacity),
+            popularity=popularity or Popularity(),
         ) as builder:
             yield Workshop(builder, nix, blobs, index, leases, gates, folder)

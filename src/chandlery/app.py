@@ -18,6 +18,7 @@ from chandlery.build_index import BuildIndex
 from chandlery.build_queue import BuildQueue, QueueLimits
 from chandlery.client_address import is_loopback, parse_networks
 from chandlery.debian_index import DebianMirrors
+from chandlery.download import Address, DownloadFailedError
 from chandlery.errors import ChandleryError, InvalidSourceError, SettingsError
 from chandlery.garbage_collector import use_interval
 from chandlery.image_builder import BuildCapacity, ImageBuilder
@@ -35,6 +36,8 @@ from chandlery.nixpkgs_source import NixpkgsAddresses
 from chandlery.object_store import open_blob_store
 from chandlery.oci import Platform
 from chandlery.package_source import SourceOptions
+from chandlery.popularity import Popularity
+from chandlery.popularity_tables import PopularityTables
 from chandlery.public_address import PublicAddress
 from chandlery.readiness import Readiness
 from chandlery.registry_api import Access, routes
@@ -66,6 +69,7 @@ class Parts:
     blobs: BlobStore
     index: BuildIndex
     leases: Leases
+    popularity: Popularity
 
 
 @asynccontextmanager
@@ -83,11 +87,24 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         Leases(settings.data_dir) as leases,
     ):
         await nix.check()
+        popularity = await configured_popularity(settings)
         sources = open_sources(settings, nix)
         try:
-            yield Parts(sources, nix, blobs, index, leases)
+            yield Parts(sources, nix, blobs, index, leases, popularity)
         finally:
             await sources.close()
+
+
+async def configured_popularity(settings: Settings) -> Popularity:
+    """Give the table that the settings name, empty if they name none. Raises `SettingsError`."""
+    if not settings.popularity:
+        return Popularity()
+    try:
+        return await PopularityTables(settings.data_dir).fetch(Address.parse(settings.popularity))
+    except DownloadFailedError as error:
+        raise SettingsError(f"popularity: {error}") from error
+    except ValueError as error:
+        raise SettingsError(f"popularity: {Address.parse(settings.popularity)}: {error}") from error
 
 
 def open_nix(settings: Settings) -> Nix:
@@ -207,6 +224,7 @@ def image_builder(
         options,
         capacity,
         metrics,
+        parts.popularity,
     )
 
 

@@ -31,6 +31,7 @@ KEPT_LOCKS = 16
 
 _ALIASES = Path(__file__).parent / "nix" / "debian_aliases.json"
 _COMPONENT = "main"
+_POPULARITY = "popularity.json"
 
 # Suites that stand on another: what they lack comes from there.
 _ADDITION = re.compile(r"(.+)-(?:backports|backports-sloppy|proposed-updates)")
@@ -94,6 +95,11 @@ class PinnedIndex:
     lock: Path
     mirrors: tuple[str, ...]
 
+    @property
+    def popularity(self) -> Path:
+        """The file with the popularity of its packages (see `Popularity`)."""
+        return self.lock / _POPULARITY
+
 
 class DebianIndex:
     """One suite for one architecture, in a folder of its own."""
@@ -117,7 +123,8 @@ class DebianIndex:
         if re.fullmatch("[0-9a-f]{12,64}", revision) is None:
             return None
         lock = next(iter(sorted((self._folder / "locks").glob(f"{revision}*"))), None)
-        if lock is None:
+        # One that an older version made has no table.
+        if lock is None or not (lock / _POPULARITY).exists():
             return None
         mirrors = msgspec.json.decode((self._folder / "mirrors.json").read_bytes(), type=tuple[str, ...])
         return PinnedIndex(lock.name, lock, mirrors)
@@ -314,6 +321,7 @@ def keep_lock(folder: Path, texts: Sequence[str], addresses: Sequence[str]) -> t
         aside.mkdir(parents=True)
         for name, content in lock.files():
             (aside / name).write_bytes(content)
+        (aside / _POPULARITY).write_bytes(lock.popularity().encode())
         os.sync()
         locks.mkdir(exist_ok=True)
         aside.rename(locks / revision)

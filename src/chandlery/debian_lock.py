@@ -6,7 +6,8 @@ index always gives the same lock, whose revision is the hash of all of it; the m
 
 A lock is 4,096 small files rather than one of 20 MB, since an evaluation reads only a few packages: the file
 `<first three hex digits of sha256(name)>.json` holds `names` (package, virtual package or alias -> unit) and
-`units` (unit -> .debs, references). `names.txt` has all names, for suggestions.
+`units` (unit -> .debs, references). `names.txt` has all names, for suggestions. Beside them stands a table of
+the units' popularity, which takes longer to make than the lock, and follows from it.
 """
 
 import functools
@@ -20,11 +21,18 @@ from typing import Self
 import rustworkx
 from debian.debian_support import Version
 
+from chandlery.image_profile import BASE_PACKAGES, SHELL, SHIPPED
 from chandlery.oci import canonical_json
+from chandlery.package_graph import PackageGraph
+from chandlery.package_groups import MEASURE_VERSION, measure
+from chandlery.popularity import Popularity
 
-LOCK_VERSION = "1"
+LOCK_VERSION = "2"
 
-_FIELDS = ("Package", "Version", "Pre-Depends", "Depends", "Provides", "Priority", "Filename", "SHA256")
+_FIELDS = (
+    *("Package", "Version", "Installed-Size", "Pre-Depends", "Depends", "Provides", "Priority"),
+    *("Filename", "SHA256"),
+)
 _PRIORITIES = ("required", "important", "standard", "optional", "extra")
 # Debian Policy 7.1: name, :qualifier, (operator version).
 _RELATION = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?::[a-z0-9-]+)?\s*(?:\(\s*(<<|<=|=|>=|>>)\s*([^)\s]+)\s*\))?")
@@ -54,7 +62,10 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One paragraph of a Packages file (deb-control(5)), and which repository it stands in."""
+    """One paragraph of a Packages file (deb-control(5)), and which repository it stands in.
+
+    `installed_size` is in KiB, and an estimate; 0 if the paragraph has none.
+    """
 
     name: str
     version: str
@@ -64,6 +75,7 @@ class Package:
     sha256: str
     depends: tuple[tuple[Relation, ...], ...] = ()
     provides: tuple[Relation, ...] = ()
+    installed_size: int = 0
 
     @property
     def rank(self) -> tuple[int, str]:
@@ -108,6 +120,7 @@ class DebianLock:
                         "repository": package.repository,
                         "filename": package.filename,
                         "sha256": package.sha256,
+                        "installed_size": package.installed_size,
                     }
                     for package in unit.packages
                 ],
@@ -120,12 +133,29 @@ class DebianLock:
         yield "names.txt", "\n".join(sorted(self.names)).encode()
 
     def revision(self) -> str:
-        """Name this state of the suite: a hash over everything in the lock, in hexadecimal."""
-        state = hashlib.sha256(LOCK_VERSION.encode())
+        """Name this state of the suite: a hash over everything in the lock, in hexadecimal.
+
+        What popularity is made of is in it too.
+        """
+        state = hashlib.sha256(f"{LOCK_VERSION}\n{MEASURE_VERSION}\n".encode())
         for name, content in self.files():
             state.update(f"{name} {len(content)}\n".encode())
             state.update(content)
         return state.hexdigest()
+
+    def popularity(self) -> Popularity:
+        """Measure how many units need each one, and which go together; takes seconds."""
+        graph = PackageGraph.of(
+            {
+                name: (name, sum(each.installed_size << 10 for each in unit.packages), unit.references)
+                for name, unit in self.units.items()
+            }
+        )
+        always, often = (
+            {self.names[name] for name in packages if name in self.names}
+            for packages in (BASE_PACKAGES, SHIPPED[SHELL].packages)
+        )
+        return measure(graph, always, often, source="debian")
 
 
 def parse_packages(text: str, repository: int) -> Iterator[Package]:
@@ -138,6 +168,7 @@ def parse_packages(text: str, repository: int) -> Iterator[Package]:
         }
         if "Package" not in fields or "Filename" not in fields or "SHA256" not in fields:
             continue
+        size = fields.get("Installed-Size", "")
         needs = ", ".join(fields[name] for name in ("Pre-Depends", "Depends") if name in fields)
         yield Package(
             name=fields["Package"],
@@ -148,6 +179,7 @@ def parse_packages(text: str, repository: int) -> Iterator[Package]:
             sha256=fields["SHA256"],
             depends=parse_relations(needs),
             provides=tuple(one for either in parse_relations(fields.get("Provides", "")) for one in either),
+            installed_size=int(size) if re.fullmatch("[0-9]{1,12}", size) else 0,
         )
 
 

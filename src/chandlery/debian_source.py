@@ -157,4 +157,6 @@ class DebianSource:
 
     def _source(self, suite: str, pinned: PinnedIndex, stale: str = "") -> PinnedSource:
         nix = {"lock": str(pinned.lock), "mirrors": list(pinned.mirrors)}
-        return PinnedSource(self.kind, suite, pinned.revision, nix=nix, stale=stale)
+        return PinnedSource(
+            self.kind, suite, pinned.revision, nix=nix, popularity=str(pinned.popularity), stale=stale
+        )

@@ -43,6 +43,8 @@ from chandlery.metrics import Metrics
 from chandlery.nix import Nix
 from chandlery.oci import INDEX_MEDIA_TYPE, BuiltImage, Descriptor, ManifestFormat, Platform, image_index
 from chandlery.pinned_source import PinnedSource
+from chandlery.popularity import Popularity
+from chandlery.popularity_tables import PopularityTables
 from chandlery.sources import Sources
 from chandlery.unfinished_builds import UnfinishedBuilds
 
@@ -50,6 +52,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # An index younger than this (seconds) isn't fetched again because a download failed.
 _RETRY_AGE = 60.0
+
+_NO_TABLE = Popularity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,9 @@ async def _pending(image: str, source: str, timeout: float | None) -> AsyncItera
 class ImageBuilder:
     """Builds images of some package sources; enter it to start, leave it to stop what is still being built.
 
-    `folder` gets a log per build, `builds/<id>.log`, and in `tmp`, while a build runs, the links that keep
-    its store paths from Nix's garbage collector.
+    `folder` gets a log per build, `builds/<id>.log`, the tables that images are planned with (`popularity`),
+    and in `tmp`, while a build runs, the links that keep its store paths from Nix's garbage collector.
+    `popularity` is the table for package sets that have none of their own.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class ImageBuilder:
         options: BuildOptions,
         capacity: BuildCapacity,
         metrics: Metrics | None = None,
+        popularity: Popularity = _NO_TABLE,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._sources = sources
@@ -134,7 +140,11 @@ class ImageBuilder:
         self._options = options
         self._folder = folder
         self._limits = capacity.build
-        self._maker = ImageMaker(nix, blobs, index, capacity.build, capacity.packing_processes, self._metrics)
+        self._tables = PopularityTables(folder)
+        self._popularity = self._tables.keep(popularity) if popularity else ""
+        self._maker = ImageMaker(
+            nix, blobs, index, self._tables, capacity.build, capacity.packing_processes, self._metrics
+        )
         # Listing tags evaluates, too, and nobody queues for it.
         self._listing = asyncio.Semaphore(capacity.queue.running)
         self._exit = AsyncExitStack()
@@ -220,7 +230,7 @@ class ImageBuilder:
         async with _pending(request.name, source.text, timeout):
             pin = await source.pin(request.reference, request.platform)
         try:
-            return await self._image_of(ImageOrigin(pin, request, self._options), client, deadline), pin
+            return await self._image_of(await self._origin(pin, request), client, deadline), pin
         except DownloadError:
             # A mirror drops what a newer index has replaced, so see whether there is one.
             async with _pending(request.name, source.text, _left(deadline)):
@@ -228,8 +238,7 @@ class ImageBuilder:
                 newer = await source.pin(request.reference, request.platform)
             if newer == pin:
                 raise
-            origin = ImageOrigin(newer, request, self._options)
-            return await self._image_of(origin, client, deadline), newer
+            return await self._image_of(await self._origin(newer, request), client, deadline), newer
 
     async def remake(self, origin: ImageOrigin, client: str = "", timeout: float | None = None) -> BuiltImage:
         """Give the image of an origin that was recorded, building it if it isn't whole; see `image`.
@@ -264,6 +273,17 @@ class ImageBuilder:
         async with self._listing:
             await self._maker.resolve(ImageOrigin(pin, request, self._options))
         return sorted({LATEST, pin.tag, *self._index.tags(request.name)})
+
+    async def _origin(self, pin: PinnedSource, request: ImageRequest) -> ImageOrigin:
+        """Say what an image is made from; where the package set has no table, it is the operator's."""
+        popularity = self._popularity
+        if pin.popularity:
+            try:
+                popularity = await asyncio.to_thread(self._tables.keep_file, Path(pin.popularity))
+            except (OSError, ValueError) as error:
+                # It costs bytes of downloads, and no pull.
+                log.warning("a table of popularity can't be read", file=pin.popularity, error=str(error))
+        return ImageOrigin(pin, request, self._options, popularity)
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:
         """Tell whether an image of this name was made that needs a blob, at whatever revision."""

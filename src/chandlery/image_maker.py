@@ -26,7 +26,7 @@ from chandlery.build_queue import Build
 from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.digest import Digest
-from chandlery.errors import BuildTooLargeError, StorageFullError
+from chandlery.errors import BuildTooLargeError, RevisionGoneError, StorageFullError
 from chandlery.image_name import ImageRequest
 from chandlery.image_origin import ImageOrigin
 from chandlery.image_profile import Profile
@@ -48,6 +48,8 @@ from chandlery.oci import (
     image_manifest,
 )
 from chandlery.package_resolver import PackageResolver
+from chandlery.popularity import Popularity
+from chandlery.popularity_tables import PopularityTables
 from chandlery.root_layer import MainPackage, RootLayer, pack_changed_root_layer, pack_root_layer
 
 T = TypeVar("T")
@@ -106,6 +108,7 @@ class ImageMaker:
         nix: Nix,
         blobs: BlobStore,
         index: BuildIndex,
+        tables: PopularityTables,
         limits: BuildLimits,
         packing_processes: int,
         metrics: Metrics | None = None,
@@ -115,6 +118,7 @@ class ImageMaker:
         self._resolver = PackageResolver(nix, index, self._metrics)
         self._blobs = blobs
         self._index = index
+        self._tables = tables
         self._limits = limits
         self._packers = anyio.CapacityLimiter(packing_processes)
         self._layer_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -125,11 +129,12 @@ class ImageMaker:
         resolutions = await self._resolved_and_built(job)
         wanted = _roots(origin.request, resolutions, origin.options.root_layer.contents)
         closure = await self._nix.closure(wanted)
+        popularity = await self._popularity(origin)
         log.info("realised", build=job.build.id, store_paths=len(closure.nodes), bytes=closure.nar_size)
         self._limits.check_closure(origin.request.name, closure)
         job.build.step("pack")
         plan = STRATEGIES[origin.options.strategy]
-        groups = plan(closure, {}, min(origin.options.max_layers - 1, MOST_STORE_PATH_LAYERS))
+        groups = plan(closure, popularity, min(origin.options.max_layers - 1, MOST_STORE_PATH_LAYERS))
         main = _main_package(origin.request, resolutions)
         labels = _labels(origin, resolutions)
         async with _first_error_alone(), asyncio.TaskGroup() as tasks:
@@ -177,6 +182,13 @@ class ImageMaker:
                     log.info("resolving again", build=job.build.id, reason=str(error))
                 else:
                     return resolutions
+
+    async def _popularity(self, origin: ImageOrigin) -> Popularity:
+        try:
+            return await asyncio.to_thread(self._tables.table, origin.popularity)
+        except KeyError as error:
+            # With another the image would be another.
+            raise RevisionGoneError(f"{origin.pin.kind}!{origin.pin.location}", origin.pin.tag) from error
 
     async def _realise(self, job: Job, resolutions: Mapping[str, Resolution]) -> None:
         """Build all packages, as what one derivation needs.

@@ -11,7 +11,7 @@ from chandlery.compression import COMPRESSIONS
 from chandlery.digest import Digest
 from chandlery.image_name import ImageRequest
 from chandlery.layer_archive import ARCHIVE_VERSION
-from chandlery.layer_plan import PLAN_VERSION
+from chandlery.layer_plan import DEFAULT_STRATEGY, PLAN_VERSION
 from chandlery.oci import DOCUMENTS_VERSION
 from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import ROOT_LAYER_VERSION, RootLayerOptions
@@ -23,7 +23,7 @@ class BuildOptions:
 
     max_layers: int = 96
     compression: str = "gzip"
-    strategy: str = "largest-alone"
+    strategy: str = DEFAULT_STRATEGY
     root_layer: RootLayerOptions = field(default_factory=RootLayerOptions)
 
     def key_parts(self) -> list[str]:
@@ -42,11 +42,15 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImageOrigin:
-    """Where the packages come from, which of them, and how the image is made of them."""
+    """Where the packages come from, which of them, and how the image is made of them.
+
+    `popularity` is the identity of the table that its layers are planned with; it is empty for none.
+    """
 
     pin: PinnedSource
     request: ImageRequest
     options: BuildOptions
+    popularity: str = ""
 
     @property
     def key(self) -> str:
@@ -56,6 +60,7 @@ class ImageOrigin:
             [
                 *(*pin.key_parts, str(request.platform), request.title),
                 *("options", *self.options.key_parts()),
+                *("popularity", self.popularity),
                 *("profile", *request.profile.key_parts()),
                 *("packages", *request.packages),
                 # What these stand for may change with the version of Chandlery.

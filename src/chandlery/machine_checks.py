@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from chandlery.app import access_control, certificate, open_nix, open_sources
+from chandlery.app import access_control, certificate, configured_popularity, open_nix, open_sources
 from chandlery.certificate_check import CertificateRefusedError, good_until
 from chandlery.data_folder import RunMarker
 from chandlery.debian_index import DebianIndex, DebianMirrors
@@ -84,6 +84,8 @@ def machine_checks(settings: Settings, scratch: Path, clock: Clock = time.time) 
         Check("address", partial(_address, settings), limit=30.0),
         Check("access", lambda: in_thread(partial(_access, aside))),
     ]
+    if settings.popularity:
+        checks.append(Check("popularity", partial(_popularity, aside), limit=150.0))
     if settings.tls_certificate or settings.tls_key:
         checks.append(Check("certificate", lambda: in_thread(partial(_certificate, settings, aside, clock))))
     for name, source in settings.all_sources.items():
@@ -251,6 +253,12 @@ async def _source(aside: Settings, name: str, source: SourceSettings, made: asyn
         return Outcome(f"{sources.of('').text} is at {pinned.tag}")
     finally:
         await sources.close()
+
+
+async def _popularity(aside: Settings) -> Outcome:
+    table = await configured_popularity(aside)
+    groups = len(set(table.groups.values()))
+    return Outcome(f"the table knows {len(table)} packages, and {groups} groups")
 
 
 async def _storage(aside: Settings) -> Outcome:

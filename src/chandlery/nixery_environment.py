@@ -20,7 +20,7 @@ _VARIABLES = (
     ("NIXERY_PKGS_REPO", "source", "git!{}"),
     ("NIXERY_PKGS_PATH", "source", "path!{}"),
     ("NIX_TIMEOUT", "builder_timeout", "{}"),
-    ("NIX_POPULARITY_URL", "popularity_url", "{}"),
+    ("NIX_POPULARITY_URL", "popularity", "{}"),
 )
 
 _BACKEND = "NIXERY_STORAGE_BACKEND"

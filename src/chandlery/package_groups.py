@@ -34,6 +34,9 @@ from dataclasses import dataclass
 from chandlery.package_graph import PackageGraph
 from chandlery.popularity import Popularity
 
+# Goes up when another table is made of the same graph.
+MEASURE_VERSION = 1
+
 # Images drawn at most; fewer from small sets. The measurements are in docs/layering.md.
 _IMAGES = 4096
 # Packages that an image was asked for, on average: few for the first images, twice as many for the last.

@@ -26,7 +26,9 @@ class PinnedSource:
     config and overlays that it is evaluated with (empty without any), and `revision` is what it held. `nix`
     is what `nix/package_set.nix` needs to know beyond that, such as where the lock is: it is no part of the
     identity. It is None when the source has that revision no longer: what was resolved at it stays valid, and
-    nothing new can be evaluated. `stale` says why a newer one could not be asked for; mostly it is empty.
+    nothing new can be evaluated. `popularity` names a file that never changes, with the package set's own
+    table (see `Popularity`); mostly it is empty. So is `stale`, which says why a newer one could not be asked
+    for.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class PinnedSource:
     revision: str
     variant: str = ""
     nix: Mapping[str, Any] | None = field(default_factory=dict, compare=False, hash=False)
+    popularity: str = field(default="", compare=False, hash=False)
     stale: str = field(default="", compare=False, hash=False)
 
     @property

@@ -27,7 +27,7 @@ from chandlery.errors import SettingsError
 from chandlery.image_maker import MOST_STORE_PATH_LAYERS
 from chandlery.image_name import LATEST
 from chandlery.layer_archive import layer_key
-from chandlery.layer_plan import DEFAULT_STRATEGY, STRATEGIES, LayerGroup, Strategy
+from chandlery.layer_plan import STRATEGIES, LayerGroup, Strategy
 from chandlery.package_graph import PackageGraph
 from chandlery.package_resolver import PackageResolver
 from chandlery.popularity import Popularity, known_name
@@ -99,9 +99,7 @@ def plan(
     """
     settings = Settings.load(settings_file, data_dir=data_dir, source=source, max_layers=max_layers)
     logs.configure(settings.log_format)
-    chosen = strategy or (
-        settings.layer_strategy if settings.layer_strategy in STRATEGIES else DEFAULT_STRATEGY
-    )
+    chosen = strategy or settings.layer_strategy
     if chosen not in STRATEGIES:
         raise SettingsError(f"--strategy {chosen}: it is one of {', '.join(STRATEGIES)}")
     budget = min(settings.max_layers - 1, MOST_STORE_PATH_LAYERS)
@@ -112,9 +110,9 @@ def plan(
         return
     if bool(packages) == (closure is not None):
         raise SettingsError("name packages, or a file with --closure")
-    known = read_popularity(popularity_file) if popularity_file else Popularity()
+    known = read_popularity(popularity_file) if popularity_file else None
     if closure:
-        image = PlannedImage(_read_closure(closure), known)
+        image = PlannedImage(_read_closure(closure), known or Popularity())
     else:
         image = asyncio.run(_image(settings, packages or [], known))
     if compare:
@@ -186,11 +184,15 @@ def _journal(output: Path) -> Path:
     return output.with_name(f"{output.name}.narinfos")
 
 
-async def _image(settings: Settings, packages: Sequence[str], popularity: Popularity) -> PlannedImage:
+async def _image(settings: Settings, packages: Sequence[str], chosen: Popularity | None) -> PlannedImage:
     """Realise an image's packages, and look up which layers the registry has."""
     request = image_name.of_parts(packages, LATEST, vocabulary(settings))
     async with open_parts(settings) as parts:
         pin = await parts.sources.of("").pin(LATEST, request.platform)
+        if chosen is None and pin.popularity:
+            popularity = read_popularity(Path(pin.popularity))
+        else:
+            popularity = parts.popularity if chosen is None else chosen
         resolver = PackageResolver(parts.nix, parts.index)
         found = await resolver.resolve(pin, request.platform.nix_system, request.all_packages)
         with TemporaryFolder(settings.data_dir / "tmp") as temporary:

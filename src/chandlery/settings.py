@@ -30,8 +30,9 @@ from chandlery.access_rules import AccessRules
 from chandlery.bucket import Bucket
 from chandlery.client_address import parse_networks
 from chandlery.compression import COMPRESSIONS
+from chandlery.download import Address
 from chandlery.image_profile import SHIPPED, Profile
-from chandlery.layer_plan import STRATEGIES
+from chandlery.layer_plan import DEFAULT_STRATEGY, STRATEGIES
 from chandlery.nixery_environment import NixeryEnvironment
 from chandlery.oci import ARCHITECTURES
 from chandlery.setting_errors import ContradictionError, nearest, settings_error
@@ -225,10 +226,11 @@ class Settings(BaseSettings):
 
     max_layers: int = Field(96, ge=2, le=126, description="layers per image, the root filesystem's included")
     compression: str = Field("gzip", description="of layers: none, gzip or zstd")
-    layer_strategy: str = Field("largest-alone", description="how store paths are grouped into layers")
-
-    popularity_url: str = Field(
-        "", description="where Nixery's popularity file is; accepted, and not used yet by any strategy"
+    layer_strategy: str = Field(DEFAULT_STRATEGY, description="how store paths are grouped into layers")
+    popularity: str = Field(
+        "",
+        repr=False,
+        description="a table of how much packages are needed, for sets that bring none: a file or an address",
     )
 
     log_format: Literal["console", "json"] = Field("console", description="for people or for programs")
@@ -293,6 +295,15 @@ class Settings(BaseSettings):
     def _known_strategy(cls, value: str) -> str:
         if value not in STRATEGIES:
             raise ValueError(f"there are {', '.join(STRATEGIES)}")
+        return value
+
+    @field_validator("popularity")
+    @classmethod
+    def _file_or_address(cls, value: str) -> str:
+        if value and "://" not in value:
+            value = str(Path(value).expanduser().absolute())
+        if value:
+            Address.parse(value)
         return value
 
     @field_validator("nixpkgs_channel_url", "nixpkgs_tarball_url")
@@ -421,5 +432,3 @@ def _notices_of_nixery(settings: Settings, nixery: NixeryEnvironment) -> Iterato
         )
     for name in nixery.ignored:
         yield f"Nixery's variable {name} means nothing here"
-    if settings.popularity_url:
-        yield "popularity_url is accepted, and not used yet"

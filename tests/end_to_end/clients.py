@@ -225,6 +225,10 @@ class Containerd:
         ]
         return self._ctr("images", "pull", *options, image)
 
+    def fetch(self, image: str) -> str:
+        """Download what isn't there, without unpacking it."""
+        return self._ctr("content", "fetch", "--plain-http", image)
+
     def _https(self, registry: str) -> str:
         """Give a folder of settings by which ctr speaks HTTPS to a loopback address, with any certificate."""
         folder = self._ctr.folder / "hosts"
