@@ -33,7 +33,7 @@ format: ## format the code
 	@$(BIN)/ruff format .
 
 bench: ## measure, beside a peer
-	@scripts/setup develop
+	@scripts/setup bench
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 requirements: ## pin the newest versions of what pyproject.toml asks for

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import layering, packing, pulling
+from benchmarks import evaluation, layering, mixed, packing, pulling, serving
 from chandlery import logs
 
 
@@ -20,7 +20,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chandlery-bench-") as temporary:
         data_dir = Path(os.environ.get("CHANDLERY_BENCH_DATA") or temporary)
         console.print(asyncio.run(pulling.table(data_dir)))
+        console.print(asyncio.run(evaluation.table(data_dir)))
         console.print(asyncio.run(packing.table(data_dir)))
+        # The last that needs the folder: it forgets all layers.
+        console.print(mixed.table(data_dir))
+    with tempfile.TemporaryDirectory(prefix="chandlery-serving-") as temporary:
+        for table in serving.tables(Path(temporary)):
+            console.print(table)
 
 
 if __name__ == "__main__":

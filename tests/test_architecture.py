@@ -22,17 +22,22 @@ LAYERS = (
     "doctor setting_places",
     "command_options certificate_check setting_values",
     "monitoring readiness tracing",
-    "registry_api endpoint registry_client request_log waiting sandbox image_output",
+    "worker_reports",
+    "registry_api endpoint registry_client request_log waiting sandbox image_output prepared_answers",
     "token_endpoint access_control client_address public_address users tokens tls",
-    "repaired_blobs scrub garbage_collector",
+    "repaired_blobs scrub garbage_collector data_folder_status",
     "image_builder",
     "sources",
     "image_maker",
+    "packing_processes",
+    "early_layers",
     "build_queue build_index package_resolver popularity_tables",
     "unfinished_builds",
+    "build_claims failed_builds",
     "image_origin leases root_layer",
     "nix",
-    "nix_evaluation store_gate layer_archive root_filesystem store_reader blob_store object_store",
+    "nix_database nix_evaluation store_gate layer_archive root_filesystem store_reader blob_store "
+    "object_store",
     "layer_plan package_source alternatives compression binary_cache",
     "grouped_plan peer_plans simple_plans pull_simulation",
     "layer_group",
@@ -44,27 +49,28 @@ LAYERS = (
     "pins folder_content download tarball failure_memory source_trees git_repository",
     "data_folder rate_limit",
     "nix_configuration nix_process",
-    "access_rules authorization nix_output",
-    "closure_json",
+    "access_rules authorization nix_log nix_output",
+    "closure_json build_timings",
     "pinned_source closure image_name negotiation bucket git_address",
     "image_profile",
-    "oci byte_range logs metrics",
-    "digest",
+    "oci byte_range logs metrics bounded_memory",
+    "digest background packer ahead",
     "errors",
 )
 
 # What decides does no I/O, and asks no clock.
 PURE = (
-    "access_rules alternatives authorization byte_range closure closure_json errors git_address grouped_plan "
-    "image_name image_profile layer_group layer_plan negotiation oci package_graph package_groups peer_plans "
-    "pinned_source popularity pull_simulation setting_values simple_plans"
+    "access_rules alternatives authorization bounded_memory byte_range closure closure_json errors "
+    "git_address grouped_plan image_name image_profile layer_group layer_plan negotiation oci "
+    "package_graph package_groups peer_plans pinned_source popularity pull_simulation setting_values "
+    "simple_plans"
 )
 IMPURE_IMPORTS = {
     *("anyio", "asyncio", "httpx", "io", "multiprocessing", "os", "shutil", "socket", "sqlite3"),
     *("subprocess", "tempfile", "threading", "time", "datetime", "random", "secrets"),
 }
 
-STARTS_PROGRAMS = "nix_process nix_configuration debian_index sandbox demo git_repository"
+STARTS_PROGRAMS = "packing_processes nix_process nix_configuration debian_index sandbox demo git_repository"
 # These pass the environment on to the programs that they start, and look for them on PATH.
 PASSES_THE_ENVIRONMENT_ON = STARTS_PROGRAMS
 NIX_PROGRAM = re.compile(r"nix-(store|build|instantiate|env|shell|channel|daemon|collect-garbage|hash)")

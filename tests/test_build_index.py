@@ -34,7 +34,7 @@ NAME = f"build-index-{SCHEMA_VERSION}.sqlite"
 
 def a_layer(text: str) -> PackedLayer:
     digest = Digest.of(text.encode())
-    return PackedLayer(Descriptor(f"{OCI_LAYER}+gzip", digest, len(text), {"of": text}), digest, "bWQ1")
+    return PackedLayer(Descriptor(f"{OCI_LAYER}+gzip", digest, len(text), {"of": text}), digest)
 
 
 def digest_of(text: str) -> Digest:

@@ -1,5 +1,6 @@
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -18,7 +19,12 @@ from chandlery.errors import (
 from chandlery.oci import BuiltImage, Descriptor
 
 IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)
-LOGS = Path("/nonexistent")
+LOGS = Path("builds")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 class Gate:
@@ -357,3 +363,107 @@ async def test_stopping_twice_lets_a_build_clean_up_once_and_to_the_end() -> Non
         queue.stop()
     await asyncio.gather(task, return_exceptions=True)
     assert cleaned
+
+
+# Several processes
+
+
+@asynccontextmanager
+async def two_queues(limits: QueueLimits) -> AsyncIterator[tuple[BuildQueue, BuildQueue]]:
+    """Give the queues of two processes, as far as they can tell."""
+    async with BuildQueue(limits, LOGS) as first, BuildQueue(limits, LOGS) as second:
+        yield first, second
+
+
+class Image:
+    """What another process has made, if it has."""
+
+    made: BuiltImage | None = None
+
+    async def look(self) -> BuiltImage | None:
+        return self.made
+
+
+def ask_and_look(queue: BuildQueue, name: str, work: Gate, image: Image) -> "asyncio.Task[BuiltImage]":
+    return asyncio.create_task(queue.wait(name, name, "a", work, look=image.look))
+
+
+async def test_what_another_process_builds_is_awaited_without_a_turn() -> None:
+    gate, image = Gate(), Image()
+    async with two_queues(QueueLimits(running=1)) as (first, second):
+        tasks = [ask_and_look(first, "git", gate, image)]
+        await until(lambda: bool(gate.begun))
+        tasks.append(ask_and_look(second, "git", gate, image))
+        await asyncio.sleep(0)
+        (build,) = first.builds()
+        with pytest.raises(BuildPendingError) as pending:
+            await second.wait("git", "git", "b", gate, 0.0, image.look)
+        assert (pending.value.build, pending.value.position) == (build.id, 0)
+        assert (second.builds(), second.running, second.queued) == ([], 0, 0)
+        image.made = IMAGE
+        gate.open.set()
+        assert await asyncio.gather(*tasks) == [IMAGE] * 2
+        assert second.builds() == []
+    assert gate.begun == ["git"]
+
+
+async def test_what_another_process_gives_up_is_built_by_the_one_that_waits() -> None:
+    gate, image = Gate(), Image()
+    async with two_queues(QueueLimits(running=1)) as (first, second):
+        asked = ask_and_look(first, "git", gate, image)
+        await until(lambda: bool(gate.begun))
+        waiting = ask_and_look(second, "git", gate, image)
+        await asyncio.sleep(0)
+        first.stop()
+        with pytest.raises(BuildStoppedError):
+            await asked
+        gate.open.set()
+        assert await waiting == IMAGE
+        assert [build.state for build in second.builds()] == [BuildState.FINISHED]
+    assert gate.begun == ["git", "git"]
+
+
+async def test_how_a_build_failed_is_told_to_those_who_wait_in_another_process() -> None:
+    gate = Gate(BuildError("git", "no", []))
+    async with two_queues(QueueLimits()) as (first, second):
+        tasks = [ask(first, "git", gate)]
+        await until(lambda: bool(gate.begun))
+        tasks.append(ask(second, "git", gate))
+        await asyncio.sleep(0)
+        gate.open.set()
+        for task in tasks:
+            with pytest.raises(BuildError, match="git could not be built: no") as raised:
+                await task
+            assert raised.value.build == first.builds()[0].id
+        assert second.builds() == []
+    assert gate.begun == ["git"]
+
+
+async def test_no_more_builds_run_than_the_limit_over_all_processes() -> None:
+    gate = Gate()
+    async with two_queues(QueueLimits(running=2)) as queues:
+        tasks = [ask(queue, f"{number}{name}", gate) for number, queue in enumerate(queues) for name in "abc"]
+        await until(lambda: len(gate.begun) == 2)
+        assert sum(queue.running for queue in queues) == 2
+        assert sum(queue.queued for queue in queues) == 4
+        gate.open.set()
+        await asyncio.gather(*tasks)
+    assert len(gate.begun) == 6
+
+
+async def test_a_build_goes_on_as_long_as_somebody_waits_in_another_process() -> None:
+    gate, image = Gate(), Image()
+    async with two_queues(QueueLimits(grace=0.3)) as (first, second):
+        asked = ask_and_look(first, "git", gate, image)
+        await until(lambda: bool(gate.begun))
+        asked.cancel()
+        with pytest.raises(BuildPendingError):
+            await second.wait("git", "git", "b", gate, 1.0, image.look)
+        assert gate.cancelled == 0
+        await until_slowly(lambda: gate.cancelled == 1)
+
+
+async def until_slowly(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

@@ -109,6 +109,19 @@ def test_json_gives_the_manifest_and_the_place_of_config_and_layers(chandlery: C
         assert b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode() == location["md5"]
 
 
+def test_timings_tell_what_was_done_and_that_nothing_had_to_be(chandlery: Command) -> None:
+    first = chandlery("build", "suite", "--timings").stdout
+    rows = [line.split() for line in first.splitlines()[-4:]]
+    assert [row[0] for row in rows] == ["resolve", "build", "pack", "store"]
+    assert all(row[2:4] == ["s", "from"] for row in rows)
+    assert "Nothing had to be made." in chandlery("build", "suite", "--timings").stdout
+    assert chandlery.json("suite", "--timings")["timings"] == []
+    [*_, packed, _] = chandlery.json("suite", "jq", "--timings")["timings"]
+    assert packed["work"] == "pack"
+    assert 0 <= packed["begin"] <= packed["end"]
+    assert 0 <= packed["busy"] <= packed["end"] - packed["begin"] + 0.01
+
+
 def test_json_of_missing_packages_names_them_all(chandlery: Command) -> None:
     finished = chandlery("build", "--json", "hello", "xyzzy", "hallo")
     assert finished.exit_code == 1

@@ -81,7 +81,7 @@ def test_after_a_clean_end_nothing_is_in_doubt(tmp_path: Path) -> None:
     for _ in range(2):
         marker = RunMarker(tmp_path)
         assert marker.begin() is None
-        marker.end(whole=True)
+        marker.end()
 
 
 RUN_AND_DIE = """
@@ -89,7 +89,10 @@ import os, sys
 from pathlib import Path
 from chandlery.data_folder import RunMarker
 
-RunMarker(Path(sys.argv[1])).begin()
+marker = RunMarker(Path(sys.argv[1]))
+marker.begin()
+if "whole" in sys.argv:
+    marker.whole()
 os.kill(os.getpid(), 9)
 """
 
@@ -103,25 +106,36 @@ def test_after_kills_everything_is_in_doubt_since_the_last_time_it_was_known_to_
     for _ in range(2):
         marker = RunMarker(tmp_path)
         assert marker.begin() == 1000
-        marker.end(whole=False)
-    marker = RunMarker(tmp_path)
-    marker.begin()
-    marker.whole()
-    marker.end(whole=False)
+        marker.end()
+    subprocess.run([sys.executable, "-c", RUN_AND_DIE, str(tmp_path), "whole"], check=False)
     since = RunMarker(tmp_path).begin()
     assert since is not None
     assert since > time.time() - 60
+
+
+def test_after_a_crash_everybody_who_begins_learns_what_is_in_doubt_until_it_was_checked(
+    tmp_path: Path,
+) -> None:
+    subprocess.run([sys.executable, "-c", RUN_AND_DIE, str(tmp_path)], check=False)
+    os.utime(tmp_path / "running", (1000, 1000))
+    first, second, third = (RunMarker(tmp_path) for _ in range(3))
+    assert (first.begin(), second.begin()) == (1000, 1000)
+    first.whole()
+    assert third.begin() is None
+    for each in (first, second, third):
+        each.end()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_takes_over_from_one_that_still_runs_follows_no_crash(tmp_path: Path) -> None:
     first, second, third = (RunMarker(tmp_path) for _ in range(3))
     assert first.begin() is None
     assert second.begin() is None
-    first.end(whole=True)
+    first.end()
     assert (tmp_path / "running").exists()
-    second.end(whole=True)
+    second.end()
     assert third.begin() is None
-    third.end(whole=True)
+    third.end()
 
 
 def test_a_parent_that_can_not_be_made_says_what_to_do() -> None:

@@ -74,7 +74,7 @@ class Folder:
     async def image(self, name: str, *layers: str, used: float = 0.0) -> BuiltImage:
         """Make an image; it was used some seconds ago. Its manifests and its config are one blob."""
         descriptors = [await self.blobs.put_bytes(content(layer), OCI_LAYER) for layer in layers]
-        packed = [PackedLayer(each, each.digest, "") for each in descriptors]
+        packed = [PackedLayer(each, each.digest) for each in descriptors]
         manifest = await self.blobs.put_bytes(content(f"manifest of {name}"), OCI_MANIFEST)
         config = await self.blobs.put_bytes(content(f"config of {name}"), OCI_CONFIG)
         image = BuiltImage(dict.fromkeys(ManifestFormat, manifest), config, tuple(packed), 1, 1)

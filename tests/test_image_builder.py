@@ -257,16 +257,37 @@ async def test_the_order_of_packages_does_not_matter(used: Workshop) -> None:
 
 
 async def test_a_known_image_needs_no_nix_and_packs_nothing(
-    used_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened(used_folder) as workshop:
+    async with opened(tmp_path) as workshop:
         built = await workshop.image("greeter")
-    async with opened(used_folder) as workshop:
+    async with opened(tmp_path) as workshop:
         monkeypatch.setenv("PATH", "")
         assert await workshop.image("greeter") == built
         assert workshop.blobs.packed == []
         with pytest.raises(NixMissingError):
             await workshop.image("greeter", "jq")
+
+
+async def test_a_new_mix_of_what_is_known_needs_no_nix_and_packs_its_last_layer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as workshop:
+        expected = (await workshop.image("greeter", "jq")).manifests
+    (tmp_path / "other").mkdir()
+    async with opened(tmp_path / "other") as workshop:
+        await workshop.image("greeter")
+        await workshop.image("jq")
+        packed = len(workshop.blobs.packed)
+        monkeypatch.setenv("PATH", "")
+        image = await workshop.image("greeter", "jq")
+        assert image.manifests == expected
+        assert workshop.blobs.packed[packed:] == [image.layers[-1].descriptor.digest]
+        assert workshop.nix.realised[2:] == []
+        monkeypatch.undo()
+        # It was kept from collectors while it was made, and no longer.
+        await workshop.nix.collect_garbage(1 << 40)
+        assert await workshop.nix.sizes() == {}
 
 
 async def test_known_packages_in_a_new_mix_are_not_evaluated(used: Workshop) -> None:
@@ -312,6 +333,26 @@ async def test_a_blob_that_was_lost_is_made_again(fresh: Workshop, lost: str) ->
     await fresh.blobs.delete(digest)
     assert await fresh.image("hello") == image
     assert Digest.of_file(fresh.blobs.path(digest)) == digest
+
+
+async def test_what_was_pulled_is_current_as_long_as_a_pull_would_give_the_same(fresh: Workshop) -> None:
+    pulled = await fresh.builder.pull(a_request("hello"))
+    for whole in (False, True):
+        assert await fresh.builder.is_current(pulled, whole=whole)
+    fresh.blobs.path(pulled.manifests[ManifestFormat.OCI].digest).unlink()
+    assert await fresh.builder.is_current(pulled, whole=False)
+    assert not await fresh.builder.is_current(pulled, whole=True)
+    again = await fresh.builder.pull(a_request("hello"))
+    assert again == pulled
+    (origin,) = pulled.origins
+    assert fresh.index.forget_image(origin.key, float("inf"))
+    assert not await fresh.builder.is_current(pulled, whole=True)
+
+
+async def test_nothing_is_taken_for_whole_longer_than_its_use_goes_unnoticed(fresh: Workshop) -> None:
+    for interval, moment in ((0.0, 0.0), (0.02, 0.02), (60.0, 1.0)):
+        fresh.index.use_interval = interval
+        assert fresh.builder.moment == moment
 
 
 async def test_tags_are_latest_the_revision_and_what_was_built(used: Workshop) -> None:

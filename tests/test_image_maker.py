@@ -95,9 +95,9 @@ async def test_what_is_instantiated_is_kept_from_nix_until_it_is_built(
 ) -> None:
     realise = fresh.nix.realise
 
-    async def after_a_collection(*arguments: object, own: bool) -> None:
+    async def after_a_collection(*arguments: object, **options: object) -> None:
         await fresh.nix.collect_all_garbage()
-        await realise(*arguments, own=own)  # type: ignore[arg-type]
+        await realise(*arguments, **options)  # type: ignore[arg-type]
 
     resolved: list[object] = []
     resolve = fresh.nix.resolve

@@ -54,7 +54,7 @@ def some(tmp_path: Path) -> SomeImage:
         return Descriptor(media_type, digest, len(content))
 
     layers = [
-        PackedLayer(put(text * 1000, f"{OCI_LAYER}+gzip"), Digest.of(text), "") for text in (b"one", b"two")
+        PackedLayer(put(text * 1000, f"{OCI_LAYER}+gzip"), Digest.of(text)) for text in (b"one", b"two")
     ]
     config = image_config(ARM64, [(layer, "") for layer in layers], ContainerConfig())
     manifest = image_manifest(ManifestFormat.OCI, config, [layer.descriptor for layer in layers], {})

@@ -1,6 +1,4 @@
-import base64
 import gzip
-import hashlib
 import io
 import os
 import random
@@ -308,7 +306,6 @@ def test_a_packed_layer_is_described_as_it_is(store: PhysicalStore, tmp_path: Pa
     assert layer.descriptor.digest == Digest.of(blob)
     assert layer.descriptor.size == len(blob)
     assert layer.descriptor.media_type == COMPRESSIONS[name].media_type
-    assert base64.b64decode(layer.md5) == hashlib.md5(blob, usedforsecurity=False).digest()
     if name == "gzip":
         assert gzip.decompress(blob) == tar
 
@@ -337,7 +334,8 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     destination = tmp_path / "layer"
 
     def failing() -> Iterator[Entry]:
-        yield Entry.file(b"large", bytes(3 * BLOCK_SIZE))
+        # More than can wait to be written.
+        yield Entry.file(b"large", bytes(32 * BLOCK_SIZE))
         assert destination.stat().st_size > 0
         raise KeyboardInterrupt
 

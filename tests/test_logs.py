@@ -3,6 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chandlery import logs
 
@@ -49,3 +51,28 @@ def test_what_is_bound_to_a_request_is_in_every_event(capsys: pytest.CaptureFixt
     logs.configure("json")
     with structlog.contextvars.bound_contextvars(request_id="some-id"):
         assert json.loads(written(capsys))["request_id"] == "some-id"
+
+
+NAMES = st.sampled_from(["path", "bytes", "status", "reason", "a", "z"])
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.lists(st.text())
+)
+
+
+@given(st.text(), st.dictionaries(NAMES, VALUES))
+def test_lines_are_those_of_structlog(event: str, fields: dict[str, object]) -> None:
+    renderer = structlog.dev.ConsoleRenderer(colors=False)
+    common = {"timestamp": "12:34:56", "level": "info", "event": event}
+    lines = logs._Lines(renderer)
+    assert lines(None, "info", {**common, **fields}) == renderer(None, "info", {**common, **fields})
+
+
+def test_the_reason_of_an_error_follows_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("console")
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        log.exception("it failed", path="/v2/")
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.endswith("path=/v2/")
+    assert rest[-1] == "ZeroDivisionError"

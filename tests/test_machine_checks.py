@@ -84,7 +84,7 @@ async def test_a_data_folder_that_a_server_uses(tmp_path: Path) -> None:
     assert "a server uses it" in (await outcome("data folder", tmp_path)).text
     # Its lock is still its own.
     assert marker.is_held()
-    marker.end(whole=True)
+    marker.end()
     assert not marker.is_held()
 
 

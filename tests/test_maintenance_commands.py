@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,3 +120,38 @@ def test_collect_tells_with_dry_run_what_it_would_remove_and_then_removes_it(tmp
     done = folder.run(*arguments, CHANDLERY_GC_GRACE="0.001")
     assert done.stdout == told.stdout.replace("would be freed", "freed")
     assert folder.blobs() == {}
+
+
+# Status
+
+
+def test_status_tells_what_a_folder_holds(folder: DataFolder) -> None:
+    told = folder.run("status", "--json", CHANDLERY_DISK_LIMIT="1000000")
+    assert told.returncode == 0
+    status = json.loads(told.stdout)
+    parts = {part["name"]: part for part in status["parts"]}
+    assert parts["blobs"]["number"] == len(folder.blobs())
+    assert parts["Nix store"]["number"] > 2
+    assert status["counts"]["images"] == 2
+    assert status["counts"]["blobs"] == len(folder.blobs())
+    assert status["total"] == sum(part["bytes"] for part in status["parts"])
+    assert (status["exists"], status["disk_limit"], status["storage"]) == (True, 1_000_000, None)
+
+    for_people = folder.run("status").stdout
+    assert f"{folder.path}, no server runs" in for_people
+    assert "images: 2, with" in for_people
+
+
+def test_status_works_beside_a_server_and_counts_no_bucket(folder: DataFolder, tmp_path: Path) -> None:
+    with serving(folder.path, SOURCE, tmp_path / "log"):
+        told = folder.run("status", CHANDLERY_STORAGE="s3://bucket/blobs")
+    assert "in use by a server" in told.stdout
+    assert f"blobs: in s3://bucket/blobs, not counted; images need {len(folder.blobs())} with" in told.stdout
+
+
+def test_status_of_a_folder_that_is_not_there_makes_none(tmp_path: Path) -> None:
+    nowhere = DataFolder(tmp_path / "nowhere")
+    assert "there is no data folder" in nowhere.run("status").stdout
+    told = nowhere.run("status", "--json")
+    assert (told.returncode, json.loads(told.stdout)["exists"]) == (0, False)
+    assert not nowhere.path.exists()

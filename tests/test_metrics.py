@@ -21,7 +21,7 @@ def test_what_is_counted_is_shown() -> None:
     metrics.answered("manifest", "GET", 200, 0.02, 700)
     metrics.answered("blob", "GET", 200, 0.02, 1000)
     metrics.answered("blob", "GET", 206, 0.02, 24)
-    metrics.built("finished", 70.0, [("queued", 1.0), ("pack", 9.0)])
+    metrics.built("finished", 70.0, [("queued", 1.0), ("pack", 9.0)], [("fetch", 5.0)])
     metrics.looked_up("resolution", hits=3, misses=2)
     metrics.packed(4096)
     shown = values(metrics)
@@ -32,6 +32,7 @@ def test_what_is_counted_is_shown() -> None:
     assert shown["chandlery_build_duration_seconds_bucket", "60.0", "finished"] == 0
     assert shown["chandlery_build_duration_seconds_bucket", "120.0", "finished"] == 1
     assert shown["chandlery_build_step_duration_seconds_sum", "pack"] == 9
+    assert shown["chandlery_build_work_duration_seconds_sum", "fetch"] == 5
     assert shown["chandlery_cache_lookups_total", "resolution", "hit"] == 3
     assert shown["chandlery_cache_lookups_total", "resolution", "miss"] == 2
     assert shown["chandlery_packed_bytes_total",] == 4096

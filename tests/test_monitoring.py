@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 
 from chandlery import monitoring, registry_api
 from chandlery.build_queue import Build, BuildQueue, QueueLimits
+from chandlery.build_timings import Work
 from chandlery.client_address import parse_networks
 from chandlery.digest import Digest
 from chandlery.errors import BuildError, StorageFullError
@@ -81,6 +82,11 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
 
             async def needs(self, *_: object) -> bool:
                 return False
+
+            async def is_current(self, *_: object, whole: bool) -> bool:
+                return False
+
+            moment = 0.0
 
         routes = [
             *registry_api.routes(NoImages(), MemoryBlobStore(), Vocabulary(Platform.of_host())),
@@ -175,6 +181,7 @@ async def test_builds_queue_and_disk_are_shown(server: Watched) -> None:
 
     async def work(build: Build) -> BuiltImage:
         build.step("pack")
+        build.timings.add(Work.STORE, 1.0, 2.0)
         await gate.wait()
         if build.image == "broken":
             raise BuildError("broken", "it is broken", [])
@@ -193,6 +200,7 @@ async def test_builds_queue_and_disk_are_shown(server: Watched) -> None:
     assert shown["chandlery_build_duration_seconds_count['failed']"] == 1
     assert shown["chandlery_build_step_duration_seconds_count['queued']"] == 2
     assert shown["chandlery_build_step_duration_seconds_count['pack']"] == 2
+    assert shown["chandlery_build_work_duration_seconds_sum['store']"] == 2
     assert (shown["chandlery_running_builds[]"], shown["chandlery_queued_builds[]"]) == (0, 0)
 
 

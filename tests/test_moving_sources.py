@@ -51,6 +51,25 @@ async def image(workshop: Workshop, tag: str = LATEST) -> BuiltImage:
     return await workshop.builder.image(replace(a_request("hello"), reference=tag))
 
 
+async def test_what_was_pulled_is_not_current_when_its_source_has_moved(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "default.nix").write_text(version(1))
+    source = parse(f"path!{folder}", tmp_path, DebianMirrors("", "", ""))
+    async with opened(tmp_path, source=source) as workshop:
+        pulled = await workshop.builder.pull(a_request("hello"))
+        assert await workshop.builder.is_current(pulled, whole=False)
+        (folder / "default.nix").write_text(version(2))
+        assert not await workshop.builder.is_current(pulled, whole=False)
+        (folder / "default.nix").write_text(version(1))
+        assert await workshop.builder.is_current(pulled, whole=False)
+        # It goes on to serve the last good pin, and says so.
+        (folder / "default.nix").unlink()
+        folder.rmdir()
+        assert not await workshop.builder.is_current(pulled, whole=False)
+        await source.close()
+
+
 async def test_an_image_is_of_the_commit_that_its_tag_means(
     workshop: Workshop, repository: Repository
 ) -> None:

@@ -523,6 +523,22 @@ async def test_a_builder_that_makes_nothing_has_failed(build: Build, tmp_path: P
         await build.of(source, "nothing")
 
 
+async def test_a_builder_may_write_what_looks_like_nixs_own_log(build: Build, tmp_path: Path) -> None:
+    source = packages(
+        tmp_path / "set",
+        r"""
+        liar = build "liar" ''
+          printf '\377\n@nix {\n@nix {"action":"stop","id":1}\n@nix {"action":"msg","level":0,"msg":"lie"}\n'
+          exit 3
+        '';
+        """,
+    )
+    with pytest.raises(BuildError, match="its builder failed with exit code 3") as caught:
+        await build.of(source, "liar")
+    assert caught.value.log_tail[0] == "\N{REPLACEMENT CHARACTER}"
+    assert "@nix {" in caught.value.log_tail
+
+
 async def test_a_builder_may_say_much_with_and_without_lines(build: Build, tmp_path: Path) -> None:
     source = packages(
         tmp_path / "set",

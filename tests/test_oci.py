@@ -33,7 +33,6 @@ def a_layer(text: str, media_type: str = f"{OCI_LAYER}+gzip") -> PackedLayer:
     return PackedLayer(
         Descriptor(media_type, Digest.of(text.encode()), len(text)),
         Digest.of(f"tar of {text}".encode()),
-        "bWQ1",
     )
 
 

@@ -31,6 +31,8 @@ def test_what_is_gone_can_not_be_evaluated() -> None:
 
 
 def test_what_is_not_the_package_set_is_no_part_of_its_key() -> None:
-    pin = PinnedSource("git", "https://example.com", "1" * 40, "2" * 64, {"tree": "/a"}, "the server is dead")
+    pin = PinnedSource(
+        "git", "https://example.com", "1" * 40, "2" * 64, {"tree": "/a"}, stale="the server is dead"
+    )
     assert pin.key_parts == ("git", "https://example.com", "1" * 40, "2" * 64)
     assert pin == PinnedSource("git", "https://example.com", "1" * 40, "2" * 64)

@@ -321,6 +321,19 @@ async def test_another_process_knows_the_pins_and_what_each_wrote_stays(
     assert third.details("b" * 40) == {"reference": "next"}
 
 
+async def test_what_another_process_has_renewed_is_not_asked_for_again(
+    file: Path, pins: Pins, upstream: Upstream, clock: Clock
+) -> None:
+    await pins.get("main")
+    clock.now += LIMITS.lifetime + 1
+    other = Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+    upstream.references["main"] = "b" * 40
+    await other.refresh(LIMITS.lifetime, ["main"])
+
+    assert (await pins.get("main")).revision == "b" * 40
+    assert upstream.asked == ["main"] * 2
+
+
 async def test_references_at_one_revision_have_their_own_details(
     file: Path, pins: Pins, upstream: Upstream, clock: Clock
 ) -> None:

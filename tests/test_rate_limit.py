@@ -1,8 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.rate_limit import TokenBuckets
+from chandlery.rate_limit import SharedTokenBuckets, TokenBuckets
 
 
 class Clock:
@@ -59,3 +63,57 @@ def test_only_the_clients_that_came_last_are_remembered() -> None:
     assert len(buckets._full_at) == 3
     assert buckets.take("a", 2)
     assert not buckets.take("b", 1)
+
+
+# Shared by processes
+
+
+def test_processes_take_from_one_bucket(tmp_path: Path) -> None:
+    clock = Clock()
+    first, second = (SharedTokenBuckets(tmp_path / "buckets", 60.0, clock=clock) for _ in range(2))
+    taken = [each.take("alice", 4) for _ in range(2) for each in (first, second)]
+    assert taken == [0.0] * 4
+    assert first.take("alice", 4) == second.take("alice", 4) == pytest.approx(15.0)
+    assert not first.take("bob", 4)
+    clock.now += 15.0
+    assert not second.take("alice", 4)
+    assert first.take("alice", 4)
+
+
+TAKE = """
+import sys
+from pathlib import Path
+from chandlery.rate_limit import SharedTokenBuckets
+
+buckets = SharedTokenBuckets(Path(sys.argv[1]), 1e6)
+print(sum(not buckets.take("alice", 2000) for _ in range(2000)))
+"""
+
+
+def test_what_is_taken_at_once_is_counted_once(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", TAKE, str(tmp_path / "buckets")]
+    processes = [subprocess.Popen(argv, stdout=subprocess.PIPE) for _ in range(2)]
+    taken = [int(process.communicate()[0]) for process in processes]
+    # The clock goes on, but by far less than it takes to get another one.
+    assert sum(taken) == 2000
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.floats(0, 30)), max_size=100), st.integers(1, 5))
+def test_a_shared_bucket_is_like_any_other(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[str, float]], limit: int
+) -> None:
+    clock = Clock()
+    file = tmp_path_factory.mktemp("shared") / "buckets"
+    alone, shared = TokenBuckets(60.0, clock=clock), SharedTokenBuckets(file, 60.0, clock=clock)
+    for client, pause in requests:
+        clock.now += pause
+        assert shared.take(client, limit) == pytest.approx(alone.take(client, limit))
+
+
+def test_more_clients_than_there_is_room_for_lose_the_fullest_buckets(tmp_path: Path) -> None:
+    buckets = SharedTokenBuckets(tmp_path / "buckets", 60.0, clock=Clock())
+    for _ in range(10):
+        buckets.take("greedy", 10)
+    for number in range(30_000):
+        buckets.take(f"client {number}", 10)
+    assert buckets.take("greedy", 10)

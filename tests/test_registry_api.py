@@ -87,6 +87,7 @@ class OneImage:
     index: Mapping[ManifestFormat, Descriptor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     needed_by: set[str] | None = None
+    moment: float = 0.0
     requests: list[ImageRequest] = field(default_factory=list)
     clients: list[tuple[str, float]] = field(default_factory=list)
 
@@ -105,6 +106,11 @@ class OneImage:
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:
         return self.needed_by is None or request.name in self.needed_by
+
+    async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
+        if self.error:
+            raise self.error
+        return pulled.manifests in (self.image_.manifests, self.index)
 
 
 @dataclass

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,9 @@ import httpx
 import pytest
 
 from certificates import Certificate, make_certificate
+from chandlery.digest import Digest
 from chandlery.errors import SettingsError
-from chandlery.tls import CertificateCopy
+from chandlery.tls import CertificateCopy, CertificateWatch
 from package_sets import SOURCE, Gates
 from servers import LIMIT, RunningServer, serving, wait_until
 
@@ -110,6 +112,18 @@ def test_what_does_not_work_is_tried_once(tmp_path: Path) -> None:
         copy.update()
     assert not copy.update()
     assert not copy.file.exists()
+
+
+def test_a_worker_knows_that_what_it_shows_is_outdated_whoever_has_replaced_it(tmp_path: Path) -> None:
+    source = make_certificate(tmp_path, "one")
+    copy = copy_of(source, tmp_path)
+    assert copy.update()
+    before = CertificateWatch(copy_of(source, tmp_path), 60.0)
+    assert not before.has_successor
+    source.replace(make_certificate(tmp_path, "two"))
+    assert copy.update()
+    assert before.has_successor
+    assert not CertificateWatch(copy, 60.0).has_successor
 
 
 # A server
@@ -210,3 +224,40 @@ def test_a_server_speaks_http_2_and_nothing_older_than_tls_1_2(tmp_path: Path) -
         context.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises(ssl.SSLError):
             protocols(context)
+
+
+@pytest.mark.nix
+def test_images_are_pulled_over_http_2(tmp_path: Path) -> None:
+    shown = make_certificate(tmp_path, "shown")
+    with tls_server(tmp_path, shown) as server:
+        manifest = manifest_of(server, "large")
+        largest = max(manifest["layers"], key=lambda layer: int(layer["size"]))
+        urls = [
+            f"{server.url}/v2/large/manifests/latest",
+            f"{server.url}/v2/large/manifests/latest",
+            f"{server.url}/v2/large/blobs/{largest['digest']}",
+        ]
+        command = [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--fail",
+            "--http2",
+            "--cacert",
+            str(shown.certificate),
+        ]
+        told = ["--write-out", "%{http_version} %{num_connects} %{response_code}\n"]
+        files = [tmp_path / f"{number}" for number in range(len(urls))]
+        outputs = [text for file in files for text in ("--output", str(file))]
+        lines = subprocess.run(
+            [*command, *told, *outputs, *urls], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        # One connection for all.
+        assert lines == ["2 1 200", "2 0 200", "2 0 200"]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert json.loads(files[0].read_bytes()) == manifest
+        assert str(Digest.of(files[2].read_bytes())) == largest["digest"]
+        part = subprocess.run(
+            [*command, "--range", "1000-4000000", urls[2]], check=True, capture_output=True
+        ).stdout
+        assert part == files[2].read_bytes()[1000:4000001]

@@ -154,23 +154,23 @@ def application(tmp_path: Path, before: str = "", **variables: str) -> str:
 
 
 def test_without_a_collector_nothing_of_opentelemetry_is_imported(tmp_path: Path) -> None:
-    assert application(tmp_path) == "[] 1\n"
+    assert application(tmp_path) == "[] 2\n"
 
 
 def test_the_standard_variable_turns_traces_on(tmp_path: Path) -> None:
     written = application(tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
-    assert written == "['opentelemetry'] 2\n"
+    assert written == "['opentelemetry'] 3\n"
 
 
 def test_the_setting_turns_them_off_again(tmp_path: Path) -> None:
     written = application(
         tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9", CHANDLERY_TRACES="false"
     )
-    assert written == "[] 1\n"
+    assert written == "[] 2\n"
 
 
 def test_traces_that_are_asked_for_but_not_installed_are_a_warning(tmp_path: Path) -> None:
     missing = "sys.modules['opentelemetry'] = None"
     written = application(tmp_path, before=missing, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
     assert "pip install 'chandlery[otel]'" in written
-    assert written.endswith(" 1\n")
+    assert written.endswith(" 2\n")

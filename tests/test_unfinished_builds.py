@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from chandlery import image_name
+from chandlery.build_claims import BuildClaims
 from chandlery.image_name import Vocabulary
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.oci import Platform
@@ -16,60 +17,67 @@ def an_origin(*packages: str) -> ImageOrigin:
     return ImageOrigin(PinnedSource("path", "/srv/packages", "0" * 64), request, BuildOptions())
 
 
+def unfinished(folder: Path) -> UnfinishedBuilds:
+    return UnfinishedBuilds(folder, BuildClaims(folder, 1))
+
+
 def stop_during(folder: Path, origin: ImageOrigin) -> None:
-    with pytest.raises(asyncio.CancelledError), UnfinishedBuilds(folder).begun(origin):
+    with pytest.raises(asyncio.CancelledError), unfinished(folder).begun(origin):
         raise asyncio.CancelledError
 
 
 def test_a_build_that_ended_is_not_taken_over_whether_well_or_not(tmp_path: Path) -> None:
-    with UnfinishedBuilds(tmp_path).begun(an_origin("git")):
+    with unfinished(tmp_path).begun(an_origin("git")):
         pass
-    with pytest.raises(RuntimeError), UnfinishedBuilds(tmp_path).begun(an_origin("jq")):
+    with pytest.raises(RuntimeError), unfinished(tmp_path).begun(an_origin("jq")):
         raise RuntimeError
-    assert UnfinishedBuilds(tmp_path).take_over() == []
+    assert unfinished(tmp_path).take_over() == []
 
 
 def test_builds_that_a_server_stopped_in_are_taken_over_once_by_the_next(tmp_path: Path) -> None:
     for name in ("git", "jq"):
         stop_during(tmp_path, an_origin(name))
-    taken = UnfinishedBuilds(tmp_path).take_over()
+    taken = unfinished(tmp_path).take_over()
     assert sorted(origin.request.name for origin in taken) == ["git", "jq"]
     assert taken[0] in (an_origin("git"), an_origin("jq"))
-    assert UnfinishedBuilds(tmp_path).take_over() == []
+    assert unfinished(tmp_path).take_over() == []
 
 
 def test_a_build_that_brought_two_servers_down_is_not_begun_by_a_third(tmp_path: Path) -> None:
     origin = an_origin("git")
     stop_during(tmp_path, origin)
-    second = UnfinishedBuilds(tmp_path)
+    second = unfinished(tmp_path)
     assert second.take_over() == [origin]
     with pytest.raises(asyncio.CancelledError), second.begun(origin):
         raise asyncio.CancelledError
-    assert UnfinishedBuilds(tmp_path).take_over() == []
+    assert unfinished(tmp_path).take_over() == []
 
 
 def test_a_build_that_was_given_up_is_not_taken_over(tmp_path: Path) -> None:
     origin = an_origin("git")
     stop_during(tmp_path, origin)
-    UnfinishedBuilds(tmp_path).forget(origin)
-    assert UnfinishedBuilds(tmp_path).take_over() == []
+    unfinished(tmp_path).forget(origin)
+    assert unfinished(tmp_path).take_over() == []
 
 
-def test_a_build_that_another_server_is_at_is_left_to_it(tmp_path: Path) -> None:
-    with UnfinishedBuilds(tmp_path).begun(an_origin("git")):
-        assert UnfinishedBuilds(tmp_path).take_over() == []
+def test_a_build_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    origin = an_origin("git")
+    claim = BuildClaims(tmp_path, 1).claim(origin.key)
+    assert claim
+    with claim, unfinished(tmp_path).begun(origin):
+        assert unfinished(tmp_path).take_over() == []
     assert not list(tmp_path.iterdir())
 
 
 def test_a_record_that_is_broken_is_no_obstacle(tmp_path: Path) -> None:
     stop_during(tmp_path, an_origin("git"))
     (tmp_path / "broken.unfinished").write_bytes(b'{"origin": {"pi')
-    assert UnfinishedBuilds(tmp_path).take_over() == [an_origin("git")]
+    assert unfinished(tmp_path).take_over() == [an_origin("git")]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_keeps_no_build_from_running(tmp_path: Path) -> None:
     ran = False
-    with UnfinishedBuilds(tmp_path / "missing").begun(an_origin("git")):
+    with unfinished(tmp_path / "missing").begun(an_origin("git")):
         ran = True
     assert ran

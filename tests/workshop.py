@@ -12,6 +12,7 @@ import layers
 from chandlery import image_name
 from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
+from chandlery.build_timings import Timings
 from chandlery.closure import Closure, StorePath
 from chandlery.debian_index import DebianMirrors
 from chandlery.digest import Digest
@@ -49,13 +50,19 @@ class WatchedNix(Nix):
         return await super().resolve(source, system, attribute_paths)
 
     async def realise(
-        self, derivations: Sequence[str], roots: Path, build_log: Path, *, own: bool = True
+        self,
+        derivations: Sequence[str],
+        roots: Path,
+        build_log: Path,
+        *,
+        own: bool = True,
+        timings: Timings | None = None,
     ) -> None:
         self.realised.append(derivations)
         self.running += 1
         self.most_at_once = max(self.most_at_once, self.running)
         try:
-            await super().realise(derivations, roots, build_log, own=own)
+            await super().realise(derivations, roots, build_log, own=own, timings=timings)
         finally:
             self.running -= 1
 

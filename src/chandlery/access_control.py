@@ -12,6 +12,7 @@ the address in it; else for Basic, which goes where the request went.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from starlette.requests import Request
@@ -23,7 +24,7 @@ from chandlery.client_address import client_address, client_network
 from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
 from chandlery.image_name import ImageRequest, Vocabulary
 from chandlery.public_address import PublicAddress
-from chandlery.rate_limit import TokenBuckets
+from chandlery.rate_limit import Buckets, SharedTokenBuckets, TokenBuckets
 from chandlery.tokens import SERVICE, Grant, Tokens
 from chandlery.users import Users
 
@@ -64,7 +65,8 @@ class AccessControl:
     """Lets clients in; without accounts nobody logs in.
 
     `sources` are what rules may call each package source, its text first, by the name in a request. What
-    `restricts` is so that a digest has to belong to the image in whose name it is asked for.
+    `restricts` is so that a digest has to belong to the image in whose name it is asked for. In the folder
+    `shared` the workers of a server count together; without it there is one.
     """
 
     def __init__(
@@ -73,15 +75,19 @@ class AccessControl:
         sources: Mapping[str, Sequence[str]],
         address: PublicAddress,
         accounts: Accounts | None = None,
+        shared: Path | None = None,
     ) -> None:
+        def buckets(what: str, period: float) -> Buckets:
+            return SharedTokenBuckets(shared / what, period) if shared else TokenBuckets(period)
+
         self.accounts = accounts
         self.restricts = rules.restrict
         self._rules = rules
         self._sources = sources
         self._address = address
-        self._requests = TokenBuckets(60.0)
-        self._builds = TokenBuckets(3600.0)
-        self._passwords = TokenBuckets(60.0)
+        self._requests = buckets("requests", 60.0)
+        self._builds = buckets("builds", 3600.0)
+        self._passwords = buckets("passwords", 60.0)
 
     async def admit(self, request: Request) -> Client:
         """Tell who sent a request. Raises `CredentialsError` and `RateLimitError`."""

@@ -5,6 +5,8 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -27,7 +29,7 @@ from chandlery.image_name import LATEST, Vocabulary
 from chandlery.image_origin import BuildOptions
 from chandlery.image_profile import SHIPPED
 from chandlery.leases import Leases
-from chandlery.maintenance import maintained
+from chandlery.maintenance import Work, by_one, in_background, maintained
 from chandlery.metrics import Metrics
 from chandlery.monitoring import Watchers
 from chandlery.nix import Nix, NixLimits
@@ -38,6 +40,7 @@ from chandlery.oci import Platform
 from chandlery.package_source import SourceOptions
 from chandlery.popularity import Popularity
 from chandlery.popularity_tables import PopularityTables
+from chandlery.prepared_answers import PreparedAnswers
 from chandlery.public_address import PublicAddress
 from chandlery.readiness import Readiness
 from chandlery.registry_api import Access, routes
@@ -50,6 +53,7 @@ from chandlery.tls import CertificateCopy, CertificateWatch
 from chandlery.tokens import Tokens, load_key
 from chandlery.users import Users
 from chandlery.waiting import WaitPolicy
+from chandlery.worker_reports import WorkerReports
 
 if TYPE_CHECKING:
     from chandlery.tracing import Traces
@@ -152,10 +156,11 @@ def vocabulary(settings: Settings) -> Vocabulary:
     )
 
 
-def access_control(settings: Settings) -> AccessControl | None:
+def access_control(settings: Settings, shared: Path | None = None) -> AccessControl | None:
     """Make the gate that the settings describe; None if everybody may have everything.
 
-    Raises `SettingsError`, also if other machines reach the server and nobody has said who may pull.
+    `shared` is a folder for the workers of one server, see `AccessControl`. Raises `SettingsError`, also if
+    other machines reach the server and nobody has said who may pull.
     """
     anonymous = settings.anonymous == "read"
     if settings.users_file is None:
@@ -180,7 +185,7 @@ def access_control(settings: Settings) -> AccessControl | None:
         for name, each in settings.all_sources.items()
     }
     sources[""] = sources[settings.default_source]
-    return AccessControl(settings.access, sources, address, accounts)
+    return AccessControl(settings.access, sources, address, accounts, shared)
 
 
 def certificate(settings: Settings) -> CertificateCopy | None:
@@ -198,16 +203,17 @@ def image_builder(
     root_layer: RootLayerOptions | None = None,
     control: AccessControl | None = None,
     metrics: Metrics | None = None,
+    workers: int = 1,
 ) -> ImageBuilder:
-    """Make a builder that the caller enters."""
+    """Make a builder that the caller enters; with several `workers` each has its part of what is allowed."""
     options = BuildOptions(
         settings.max_layers, settings.compression, settings.layer_strategy, root_layer or RootLayerOptions()
     )
     capacity = BuildCapacity(
-        settings.packing_processes,
+        ceil(settings.packing_processes / workers),
         QueueLimits(
             settings.parallel_builds,
-            settings.queued_builds,
+            ceil(settings.queued_builds / workers),
             settings.abandoned_build_grace,
             settings.failure_memory,
             *((control.admit_build,) if control else ()),
@@ -228,24 +234,33 @@ def image_builder(
     )
 
 
-def create_app(settings: Settings) -> Starlette:
-    """Make the application; its lifespan opens the parts, and stops what still runs in the end."""
+def create_app(settings: Settings, shared: Path | None = None) -> Starlette:
+    """Make the application; its lifespan opens the parts, and stops what still runs in the end.
+
+    `shared` is a folder for the workers of one server alone, if it has several.
+    """
     metrics = Metrics()
     middleware = [Middleware(RequestLog, metrics=metrics)]
     traces = _traces(settings)
     if traces:
         middleware.append(traces.middleware)
+    middleware.append(Middleware(PreparedAnswers))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             parts = await stack.enter_async_context(open_parts(settings))
-            control = access_control(settings)
+            control = access_control(settings, shared)
             if traces:
                 stack.push_async_callback(asyncio.to_thread, traces.close)
-            builder = await stack.enter_async_context(
-                image_builder(settings, parts, control=control, metrics=metrics)
+            builder = image_builder(
+                settings, parts, control=control, metrics=metrics, workers=settings.workers
             )
+            reports = None
+            if shared:
+                reports = WorkerReports(shared, lambda: monitoring.report(metrics, builder.queue))
+                stack.callback(reports.publish)
+            await stack.enter_async_context(builder)
             if traces:
                 builder.queue.observers.append(traces.built)
             proxies = parse_networks(settings.trusted_proxies)
@@ -256,20 +271,19 @@ def create_app(settings: Settings) -> Starlette:
             app.router.routes.extend(routes(builder, blobs, vocabulary(settings), access))
             monitoring.count(metrics, builder.queue, settings.data_dir)
             watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
-            pages = monitoring.routes(metrics, _readiness(parts), builder.queue, watchers)
+            pages = monitoring.routes(metrics, _readiness(parts), builder.queue, watchers, reports)
             app.router.routes.extend(pages)
-            running = [_refresh(parts), builder.take_over()]
+            await stack.enter_async_context(in_background(lambda: _keep(parts)))
+            works: list[Work] = [lambda: _refresh(parts)]
             copy = certificate(settings)
             watch = CertificateWatch(copy, settings.tls_refresh) if copy else None
             if watch:
-                running.append(watch.run())
+                works.append(watch.run)
             _stop_at_sigterm(builder.queue, watch)
-            tasks = [asyncio.create_task(each) for each in running]
-            try:
-                yield
-            finally:
-                for task in tasks:
-                    task.cancel()
+            await stack.enter_async_context(by_one(shared and shared / "duties.lock", works))
+            if reports:
+                await stack.enter_async_context(in_background(reports.publish_always))
+            yield
 
     app = Starlette(lifespan=lifespan, middleware=middleware)
     # A redirection would repeat whatever the Host header says.
@@ -308,25 +322,32 @@ def _stop_at_sigterm(queue: BuildQueue, watch: CertificateWatch | None) -> None:
     """
 
     def stop() -> None:
-        if watch is None or not watch.asked_for_worker:
+        if watch is None or not watch.has_successor:
             queue.stop()
         signal.raise_signal(signal.SIGINT)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
 
 
+async def _keep(parts: Parts) -> None:
+    """Tell the sources again and again which revisions they should keep."""
+    while True:
+        for each in parts.sources:
+            each.source.keep(parts.index.revisions(_KEPT_REVISIONS))
+        await asyncio.sleep(60.0)
+
+
 async def _refresh(parts: Parts) -> None:
     """Keep the sources fresh; while that fails, their last good pins serve."""
     async with asyncio.TaskGroup() as tasks:
         for each in parts.sources:
-            tasks.create_task(_refresh_one(each, parts.index))
+            tasks.create_task(_refresh_one(each))
 
 
-async def _refresh_one(configured: ConfiguredSource, index: BuildIndex) -> None:
+async def _refresh_one(configured: ConfiguredSource) -> None:
     source = configured.source
     while True:
         try:
-            source.keep(index.revisions(_KEPT_REVISIONS))
             await source.refresh(configured.pin_lifetime)
             # What image names choose by default is there before anybody asks.
             for platform in configured.platforms:

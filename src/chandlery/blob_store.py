@@ -10,13 +10,14 @@ or has all its bytes, whenever the machine stops. Blobs never change, hence putt
 import asyncio
 import hashlib
 import os
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
-import anyio
+from anyio import open_file
 
 from chandlery.byte_range import ByteRange
 from chandlery.data_folder import TemporaryFolder, storage_errors
@@ -151,7 +152,7 @@ class FileBlobStore:
     async def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """See `BlobStore`."""
         try:
-            blob = await anyio.open_file(self.path(digest), "rb")
+            blob = await open_file(self.path(digest), "rb")
         except FileNotFoundError:
             raise BlobNotFoundError(str(digest)) from None
         async with blob:
@@ -269,6 +270,14 @@ async def content_of(blobs: BlobSource, digest: Digest) -> bytes:
     return b"".join([block async for block in blobs.read(digest)])
 
 
+async def content_md5(blobs: BlobSource, digest: Digest) -> str:
+    """Read a blob for its MD5 in base64, as in Content-MD5 (RFC 1864); see `BlobSource.read`."""
+    state = hashlib.md5(usedforsecurity=False)
+    async for block in blobs.read(digest):
+        await asyncio.to_thread(state.update, block)
+    return b64encode(state.digest()).decode()
+
+
 @asynccontextmanager
 async def local_files(blobs: BlobStore, digests: Iterable[Digest]) -> AsyncIterator[Mapping[Digest, Path]]:
     """Give a file with each blob, fetched for the time being if the store has none; see `BlobSource.read`."""
@@ -278,7 +287,7 @@ async def local_files(blobs: BlobStore, digests: Iterable[Digest]) -> AsyncItera
             path = blobs.path(digest)
             if path is None:
                 path = stack.enter_context(blobs.temporary_file())
-                async with await anyio.open_file(path, "wb") as file:
+                async with await open_file(path, "wb") as file:
                     async for block in blobs.read(digest):
                         await file.write(block)
             files[digest] = path

@@ -38,6 +38,7 @@ Record = TypeVar("Record", PackedLayer, BuiltImage, ImageOrigin)
 
 # Counts up when the tables change, or the types whose JSON they hold.
 SCHEMA_VERSION = 3
+_FILE = f"build-index-{SCHEMA_VERSION}.sqlite"
 
 # Large columns come last: a query that reads the small ones of every image doesn't read those. `last_used`
 # has no index: it changes with every use, and only collectors sort by it.
@@ -108,6 +109,34 @@ class RecordedImage:
     last_used: float
 
 
+@dataclass(frozen=True, slots=True)
+class IndexCounts:
+    """How much an index knows: images that are kept, their blobs with their bytes, and layers packed once."""
+
+    images: int = 0
+    blobs: int = 0
+    blob_bytes: int = 0
+    layers: int = 0
+
+
+def count(folder: Path) -> IndexCounts:
+    """Count what the index in `folder` knows, without opening it for writing; nothing if there is none."""
+    path = folder / _FILE
+    # Without its log nobody has it open, and reading it would make one.
+    mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True)) as database:
+            (images,) = database.execute("SELECT COUNT(*) FROM images WHERE kept").fetchone()
+            blobs, size = database.execute(
+                "SELECT COUNT(*), TOTAL(size) FROM (SELECT DISTINCT digest, size FROM blobs "
+                "JOIN images USING (key) WHERE kept)"
+            ).fetchone()
+            (layers,) = database.execute("SELECT COUNT(DISTINCT digest) FROM layers").fetchone()
+    except sqlite3.Error:
+        return IndexCounts()
+    return IndexCounts(images, blobs, int(size), layers)
+
+
 class BuildIndex:
     """The index in `folder`; `clock` gives seconds since the epoch, for when an image was made and used.
 
@@ -120,7 +149,7 @@ class BuildIndex:
     ) -> None:
         self._clock = clock
         self.use_interval = use_interval
-        self._path = path = folder / f"build-index-{SCHEMA_VERSION}.sqlite"
+        self._path = path = folder / _FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # SQLite's own locks don't cover the change to WAL, nor moving a broken file aside.

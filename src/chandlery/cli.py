@@ -2,13 +2,12 @@
 
 import asyncio
 import ctypes
-import hashlib
 import os
 import signal
 import socket
 import sys
-from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +32,13 @@ from chandlery import (
     settings_commands,
 )
 from chandlery.app import access_control, certificate, create_app, image_builder, open_parts, vocabulary
-from chandlery.blob_store import BlobStore, content_of, local_files
+from chandlery.blob_store import BlobStore, content_md5, content_of, local_files
+from chandlery.build_timings import WorkTime
 from chandlery.client_address import is_loopback
 from chandlery.closure import StorePath
 from chandlery.command_options import DataDir, SettingsFile
 from chandlery.data_folder import TemporaryFolder
+from chandlery.digest import Digest
 from chandlery.errors import ChandleryError, PackagesNotFoundError, SettingsError
 from chandlery.image_name import LATEST, ImageRequest
 from chandlery.nix import Nix
@@ -112,6 +113,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="The port to listen on. [default: 8080]", show_default=False)
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that answer requests. [default: 1]", show_default=False),
+    ] = None,
     data_dir: DataDir = None,
     source: Source = None,
     platforms: Annotated[
@@ -152,6 +157,7 @@ def serve(
         settings_file,
         host=host,
         port=port,
+        workers=workers,
         data_dir=data_dir,
         source=source,
         platforms=platforms.split(",") if platforms else None,
@@ -177,12 +183,12 @@ def serve(
     source = without_secrets(settings.source)
     typer.echo(f"Chandlery serves {source} at {scheme}://{settings.host}:{settings.port}/. Try:\n")
     typer.echo(f"  docker run -it {shown}:{settings.port}/shell/git/jq\n")
-    Granian(
+    server = Granian(
         "chandlery.app:create_app",
         address=settings.host,
         port=settings.port,
         interface=Interfaces.ASGI,
-        workers=1,
+        workers=settings.workers,
         respawn_failed_workers=True,
         websockets=False,
         workers_kill_timeout=settings.stop_timeout,
@@ -190,7 +196,12 @@ def serve(
         ssl_cert=pem,
         ssl_key=pem,
         ssl_protocol_min=OLDEST_PROTOCOL,
-    ).serve(target_loader=partial(_load, settings, os.getpid()), wrap_loader=False)
+    )
+    with ExitStack() as stack:
+        shared = None
+        if settings.workers > 1:
+            shared = stack.enter_context(TemporaryFolder(settings.data_dir / "tmp")).path
+        server.serve(target_loader=partial(_load, settings, os.getpid(), shared), wrap_loader=False)
 
 
 @app.command()
@@ -228,6 +239,9 @@ def build(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest and where each blob is, and nothing else.")
     ] = False,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="Tell what took how long: works overlap, so each is told alone.")
+    ] = False,
     settings_file: SettingsFile = None,
 ) -> None:
     """Build one image without a server.
@@ -242,7 +256,7 @@ def build(
     # Attribute paths may have capitals, names of images don't.
     name = name or request.name.lower()
     image_name.check(name, tag or LATEST)
-    wanted = _Wanted(name, tag, contents or [], extra_commands, (uid, gid), output)
+    wanted = _Wanted(name, tag, contents or [], extra_commands, (uid, gid), output, timings, as_json)
     try:
         built = asyncio.run(_build(settings, request, wanted))
     except PackagesNotFoundError as error:
@@ -255,6 +269,7 @@ def build(
 
 app.command()(maintenance_commands.scrub)
 app.command()(maintenance_commands.collect)
+app.command()(maintenance_commands.status)
 app.command()(plan_commands.plan)
 app.command()(plan_commands.popularity)
 app.command()(settings_commands.config)
@@ -283,6 +298,8 @@ class _Wanted:
     extra_commands: str
     owner: tuple[int, int]
     output: Path | None
+    timings: bool
+    md5: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,24 +310,23 @@ class _Built:
     image: BuiltImage
     blobs: BlobStore
     manifest: bytes
-    config: bytes
+    md5: Mapping[Digest, str]
+    timings: Sequence[WorkTime] | None
 
     def as_json(self) -> bytes:
         """Give the contract of one build: the manifest, and place and MD5 (base64) of config and layers.
 
-        The place is a `path`, or the `url` of an object in a bucket.
+        The place is a `path`, or the `url` of an object in a bucket. With timings, these come too.
         """
         place = "path" if self.blobs.on_this_disk else "url"
-        md5 = {layer.descriptor.digest: layer.md5 for layer in self.image.layers}
-        content = hashlib.md5(self.config, usedforsecurity=False)
-        md5[self.image.config.digest] = b64encode(content.digest()).decode()
         return msgspec.json.encode(
             {
                 "manifest": msgspec.Raw(self.manifest),
                 "layerLocations": {
                     digest.hex: {place: self.blobs.location(digest), "md5": checksum}
-                    for digest, checksum in sorted(md5.items())
+                    for digest, checksum in sorted(self.md5.items())
                 },
+                **({} if self.timings is None else {"timings": self.timings}),
             }
         )
 
@@ -321,8 +337,19 @@ class _Built:
             f"{self.reference}\n"
             f"  {self.image.manifests[ManifestFormat.OCI].digest}\n"
             f"  {self.image.store_paths} store paths, {self.image.closure_size / 1e6:.1f} MB\n"
-            f"  {len(self.image.layers)} layers, {size / 1e6:.1f} MB"
+            f"  {len(self.image.layers)} layers, {size / 1e6:.1f} MB" + self._told()
         )
+
+    def _told(self) -> str:
+        if self.timings is None:
+            return ""
+        if not self.timings:
+            return "\n\nNothing had to be made."
+        rows = [
+            f"  {time.work:<8} {time.busy:7.2f} s  from {time.begin:.2f} to {time.end:.2f} s"
+            for time in self.timings
+        ]
+        return "\n\n" + "\n".join(rows)
 
 
 async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> _Built:
@@ -334,6 +361,7 @@ async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> 
             await parts.sources.refresh(request.source)
             async with image_builder(settings, parts, root_layer) as builder:
                 image = await builder.image(request)
+                builds = builder.queue.builds()
         tag = wanted.tag or image.manifests[ManifestFormat.OCI].digest.hex[:32]
         reference = f"{wanted.name}:{tag}"
         manifest = image.manifests[ManifestFormat.OCI]
@@ -341,8 +369,11 @@ async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> 
             needed = (manifest, image.config, *(layer.descriptor for layer in image.layers))
             async with local_files(parts.blobs, [each.digest for each in needed]) as files:
                 image_output.write(image, request.platform, reference, files, wanted.output)
-        documents = [await content_of(parts.blobs, each.digest) for each in (manifest, image.config)]
-        return _Built(reference, image, parts.blobs, *documents)
+        described = [image.config, *(layer.descriptor for layer in image.layers)] if wanted.md5 else []
+        md5 = {each.digest: await content_md5(parts.blobs, each.digest) for each in described}
+        content = await content_of(parts.blobs, manifest.digest)
+        timings = [time for build in builds for time in build.timings.times()] if wanted.timings else None
+        return _Built(reference, image, parts.blobs, content, md5, timings)
 
 
 async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
@@ -360,14 +391,14 @@ async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
     return await nix.add(path, roots)
 
 
-def _load(settings: Settings, server: int) -> Starlette:
-    """Make the application in a worker of the server."""
+def _load(settings: Settings, server: int, shared: Path | None) -> Starlette:
+    """Make the application in a worker of the server; `shared` is a folder for its workers alone."""
     # A worker whose server was killed would keep the port: it is to go too (prctl(2)).
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != server:
         raise SystemExit(1)
     logs.configure(settings.log_format)
-    return create_app(settings)
+    return create_app(settings, shared)
 
 
 async def _check(settings: Settings, copy: CertificateCopy | None) -> None:

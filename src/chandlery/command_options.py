@@ -13,4 +13,5 @@ SettingsFile = Annotated[
         show_default=False,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, and nothing else.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where everything is kept.", show_default=False)]

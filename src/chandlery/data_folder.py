@@ -6,7 +6,8 @@
 The kernel lets go of a lock (flock) when its process dies, by kill -9 too; so a folder whose lock is free was
 left behind, and whoever comes next removes it. A `chandlery build` beside a running server is left alone.
 
-    running                   is there while a server runs, and after it was killed
+    running                   is there while a server runs, and after it was killed; then it says since when
+                              files are in doubt
 """
 
 import asyncio
@@ -31,6 +32,11 @@ _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 # Seconds between looks at a lock that others hold, mostly for milliseconds.
 _POLL = 0.005
+# Likewise, where they hold it as long as they live.
+_SUCCESSION = 1.0
+
+# Bytes of a time that is written down.
+_LONGEST_TIME = 32
 
 
 @contextmanager
@@ -92,14 +98,28 @@ async def holding(folder: Path, operation: int = fcntl.LOCK_EX) -> AsyncIterator
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        while not _try_lock(descriptor, operation):  # noqa: ASYNC110 (a lock has no event)
+        while not try_lock(descriptor, operation):  # noqa: ASYNC110 (a lock has no event)
             await asyncio.sleep(_POLL)
         yield
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, operation: int) -> bool:
+@asynccontextmanager
+async def on_duty(file: Path) -> AsyncIterator[None]:
+    """Wait until no other process does what this file stands for: one does, until it ends or dies."""
+    with storage_errors(file.parent):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        while not try_lock(descriptor):  # noqa: ASYNC110 (a lock has no event)
+            await asyncio.sleep(_SUCCESSION)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, operation: int = fcntl.LOCK_EX) -> bool:
+    """Take the lock of an open file or folder (flock(2): LOCK_EX or LOCK_SH), unless others have it."""
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -166,7 +186,8 @@ class RunMarker:
     """A file in `folder` that tells after a crash which files may have been damaged by it.
 
     Its time is when all that had been written until then was known to be whole. Servers that are alive share
-    a lock of it: so one that follows another without a gap isn't taken for one that follows a crash.
+    a lock of it: so one that follows another without a gap isn't taken for one that follows a crash. Several
+    may begin at once after a crash: the first writes down since when files are in doubt, for the others too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -179,31 +200,44 @@ class RunMarker:
         except FileNotFoundError:
             return False
         try:
-            return not _try_lock(lock, fcntl.LOCK_EX)
+            return not try_lock(lock)
         finally:
             os.close(lock)
 
     def begin(self) -> float | None:
         """Note that a server runs; give since when files are in doubt, or None if none was killed."""
-        with storage_errors(self._file.parent):
+        folder = self._file.parent
+        with storage_errors(folder), locked(folder):
             was_there = self._file.exists()
             self._lock = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            since = self._file.stat().st_mtime if was_there and self._is_alone() else None
+            since = self._in_doubt_since()
+            if since is None and was_there and self._is_alone():
+                since = self._file.stat().st_mtime
+                os.pwrite(self._lock, str(since).encode(), 0)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         return since
 
     def whole(self) -> None:
         """Note that everything is whole that was written until now."""
+        os.truncate(self._lock, 0)
         os.utime(self._lock)
 
-    def end(self, *, whole: bool) -> None:
+    def end(self) -> None:
         """Note that the server ends; unless all is known to be whole, the next one begins with a check."""
-        if whole and self._is_alone():
+        if self._in_doubt_since() is None and self._is_alone():
             self._file.unlink(missing_ok=True)
         os.close(self._lock)
 
+    def _in_doubt_since(self) -> float | None:
+        """Give what the file says, in seconds since the epoch; None if nothing is in doubt."""
+        content = os.pread(self._lock, _LONGEST_TIME, 0)
+        try:
+            return float(content) if content else None
+        except ValueError:  # written by halves, or by somebody else
+            return 0.0
+
     def _is_alone(self) -> bool:
-        return _try_lock(self._lock, fcntl.LOCK_EX)
+        return try_lock(self._lock)
 
 
 def _sweep(parent: Path) -> None:
@@ -220,6 +254,6 @@ def _is_alive(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try_lock(lock, fcntl.LOCK_EX)
+        return not try_lock(lock, fcntl.LOCK_EX)
     finally:
         os.close(lock)

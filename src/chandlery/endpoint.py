@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from chandlery import prepared_answers
 from chandlery.access_control import AccessControl
 from chandlery.errors import (
     BlobNotFoundError,
@@ -110,6 +111,7 @@ class Endpoint:
         response.headers["docker-distribution-api-version"] = "registry/2.0"
         if request.method == "HEAD":
             response.body = b""  # its headers, Content-Length too, stay those of GET
+        prepared_answers.keep(scope, response)
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:

@@ -53,6 +53,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 # An index younger than this (seconds) isn't fetched again because a download failed.
 _RETRY_AGE = 60.0
 
+_MOMENT = 1.0
+
 _NO_TABLE = Popularity()
 
 
@@ -69,13 +71,15 @@ class BuildCapacity:
 class Pulled:
     """What a tag names: the manifest or the index in every format, and the pin that it was made at.
 
-    `warnings` are for the person who pulls: why it isn't the newest, or not for every platform.
+    `warnings` are for the person who pulls: why it isn't the newest, or not for every platform. `origins` are
+    those of its images.
     """
 
     manifests: Mapping[ManifestFormat, Descriptor]
     pin: PinnedSource
     warnings: tuple[str, ...] = ()
     is_index: bool = False
+    origins: tuple[ImageOrigin, ...] = field(default=(), compare=False)
 
 
 # What a platform lacks that other platforms may have: it is left out of an index then.
@@ -148,11 +152,12 @@ class ImageBuilder:
         # Listing tags evaluates, too, and nobody queues for it.
         self._listing = asyncio.Semaphore(capacity.queue.running)
         self._exit = AsyncExitStack()
-        self._unfinished = UnfinishedBuilds(folder / "builds")
         self.queue = BuildQueue(capacity.queue, folder / "builds")
+        self._unfinished = UnfinishedBuilds(folder / "builds", self.queue.claims)
 
     async def __aenter__(self) -> Self:
         self._temporary = self._exit.enter_context(TemporaryFolder(self._folder / "tmp"))
+        await self._exit.enter_async_context(self._maker.packers)
         await self._exit.enter_async_context(self.queue)
         return self
 
@@ -183,8 +188,38 @@ class ImageBuilder:
                 return await self._pull_index(request, platforms, client, timeout)
             if request.platform not in platforms:
                 request = replace(request, platform=platforms[0])
-        image, pin = await self._pinned_image(request, client, timeout)
-        return Pulled(image.manifests, pin, (pin.stale,) if pin.stale else ())
+        image, origin = await self._pinned_image(request, client, timeout)
+        pin = origin.pin
+        return Pulled(image.manifests, pin, (pin.stale,) if pin.stale else (), origins=(origin,))
+
+    async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
+        """Tell whether `pull` would give the same now; the sources are asked, and nothing is built.
+
+        With `whole` it is also made sure that all blobs are there, and noted that the images are in use. What
+        goes within `moment` of that is missed, and made again when a client comes for it.
+        """
+        for origin in pulled.origins:
+            request, before = origin.request, origin.pin
+            pin = await self._sources.of(request.source).pin(request.reference, request.platform)
+            if (pin, pin.stale, pin.popularity) != (before, before.stale, before.popularity):
+                return False
+        if not whole:
+            return True
+        for origin in pulled.origins:
+            if await self.known(origin.key) is None:
+                return False
+            self._metrics.looked_up("image", hits=1)
+        listed = pulled.manifests.values() if pulled.is_index else ()
+        return all([await self._maker.has(each) for each in listed])
+
+    @property
+    def moment(self) -> float:
+        """For how many seconds an image that was whole is taken to be so, when it is only described.
+
+        It is never longer than between two notes of its use, of which a collector waits for many (see
+        `garbage_collector.use_interval`): so no image that is described looks unused.
+        """
+        return min(_MOMENT, self._index.use_interval)
 
     async def _pull_index(
         self, request: ImageRequest, platforms: Sequence[Platform], client: str, timeout: float | None
@@ -198,14 +233,15 @@ class ImageBuilder:
             return_exceptions=True,
         )
         images: list[tuple[Platform, BuiltImage]] = []
-        pins: list[PinnedSource] = []
+        origins: list[ImageOrigin] = []
         warnings: list[str] = []
         errors = [result for result in results if isinstance(result, BaseException)]
         for platform, result in zip(platforms, results, strict=True):
             if not isinstance(result, BaseException):
-                images.append((platform, result[0]))
-                pins.append(result[1])
-                warnings += [result[1].stale] if result[1].stale else []
+                image, origin = result
+                images.append((platform, image))
+                origins.append(origin)
+                warnings += [origin.pin.stale] if origin.pin.stale else []
             elif not isinstance(result, _LACKING) or len(errors) == len(results):
                 raise _most_urgent(errors)
             else:
@@ -220,17 +256,19 @@ class ImageBuilder:
             if not await self._maker.has(manifests[each]):
                 await asyncio.to_thread(self._index.remember_image_index, content)
                 await self._blobs.put_bytes(content, INDEX_MEDIA_TYPE[each])
-        return Pulled(manifests, pins[0], tuple(dict.fromkeys(warnings)), is_index=True)
+        told = tuple(dict.fromkeys(warnings))
+        return Pulled(manifests, origins[0].pin, told, is_index=True, origins=tuple(origins))
 
     async def _pinned_image(
         self, request: ImageRequest, client: str, timeout: float | None
-    ) -> tuple[BuiltImage, PinnedSource]:
+    ) -> tuple[BuiltImage, ImageOrigin]:
         deadline = _deadline(timeout)
         source = self._sources.of(request.source)
         async with _pending(request.name, source.text, timeout):
             pin = await source.pin(request.reference, request.platform)
+        origin = await self._origin(pin, request)
         try:
-            return await self._image_of(await self._origin(pin, request), client, deadline), pin
+            return await self._image_of(origin, client, deadline), origin
         except DownloadError:
             # A mirror drops what a newer index has replaced, so see whether there is one.
             async with _pending(request.name, source.text, _left(deadline)):
@@ -238,7 +276,8 @@ class ImageBuilder:
                 newer = await source.pin(request.reference, request.platform)
             if newer == pin:
                 raise
-            return await self._image_of(await self._origin(newer, request), client, deadline), newer
+            origin = await self._origin(newer, request)
+            return await self._image_of(origin, client, deadline), origin
 
     async def remake(self, origin: ImageOrigin, client: str = "", timeout: float | None = None) -> BuiltImage:
         """Give the image of an origin that was recorded, building it if it isn't whole; see `image`.
@@ -296,23 +335,33 @@ class ImageBuilder:
             return known
         self._metrics.looked_up("image", misses=1)
         self._limits.check_request(origin.request, self._folder)
-        work = partial(self._build, origin)
-        return await self.queue.wait(origin.key, origin.title, client, work, _left(deadline))
+        work, look = partial(self._build, origin), partial(self.known, origin.key)
+        return await self.queue.wait(origin.key, origin.title, client, work, _left(deadline), look)
 
     async def known(self, key: str) -> BuiltImage | None:
         """Give the image of a key, if it is kept and whole: then it is in use, and no collector takes it."""
-        # In this order: a collector takes an image before its use is remembered, or not at all.
-        if not await asyncio.to_thread(self._index.remember_use, key):
-            return None
-        image = self._index.image(key)
-        if image is None:
-            return None
+        image, whole = await asyncio.to_thread(self._look, key)
+        if image is None or whole:
+            return image
         # Together, as each takes a round trip if the blobs are in a bucket.
         there = await asyncio.gather(*map(self._maker.has, image.descriptors))
         if not all(there):
             log.warning("a known image lacks blobs", missing=there.count(False))
             return None
         return image
+
+    def _look(self, key: str) -> tuple[BuiltImage | None, bool]:
+        """Give the image of a key if it is kept, and whether its blobs are there, seen as files."""
+        # In this order: a collector takes an image before its use is remembered, or not at all.
+        image = self._index.image(key) if self._index.remember_use(key) else None
+        return image, image is not None and all(map(self._is_file, image.descriptors))
+
+    def _is_file(self, descriptor: Descriptor) -> bool:
+        path = self._blobs.path(descriptor.digest)
+        try:
+            return path is not None and path.stat().st_size == descriptor.size
+        except OSError:
+            return False
 
     async def _build(self, origin: ImageOrigin, build: Build) -> BuiltImage:
         try:

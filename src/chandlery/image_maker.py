@@ -11,21 +11,21 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-import anyio
-import anyio.to_process
 import msgspec
 import structlog
 
 from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
 from chandlery.build_queue import Build
+from chandlery.build_timings import Work
 from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.digest import Digest
+from chandlery.early_layers import EarlyLayers, Expected
 from chandlery.errors import BuildTooLargeError, RevisionGoneError, StorageFullError
 from chandlery.image_name import ImageRequest
 from chandlery.image_origin import ImageOrigin
@@ -48,12 +48,9 @@ from chandlery.oci import (
     image_manifest,
 )
 from chandlery.package_resolver import PackageResolver
-from chandlery.popularity import Popularity
+from chandlery.packing_processes import PackingProcesses
 from chandlery.popularity_tables import PopularityTables
 from chandlery.root_layer import MainPackage, RootLayer, pack_changed_root_layer, pack_root_layer
-
-T = TypeVar("T")
-P = ParamSpec("P")
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -101,7 +98,10 @@ class Job:
 
 
 class ImageMaker:
-    """Makes images of any origin that Nix can evaluate, or could once, with some processes that pack."""
+    """Makes images of any origin that Nix can evaluate, or could once.
+
+    Whoever has it enters its `packers` before, and leaves them after the last image was made.
+    """
 
     def __init__(
         self,
@@ -120,32 +120,41 @@ class ImageMaker:
         self._index = index
         self._tables = tables
         self._limits = limits
-        self._packers = anyio.CapacityLimiter(packing_processes)
+        self.packers = PackingProcesses(packing_processes)
         self._layer_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def make(self, job: Job) -> BuiltImage:
         """Make an image; its blobs are durable and leased when this returns. Raises any `ChandleryError`."""
         origin = job.origin
-        resolutions = await self._resolved_and_built(job)
-        wanted = _roots(origin.request, resolutions, origin.options.root_layer.contents)
-        closure = await self._nix.closure(wanted)
-        popularity = await self._popularity(origin)
-        log.info("realised", build=job.build.id, store_paths=len(closure.nodes), bytes=closure.nar_size)
-        self._limits.check_closure(origin.request.name, closure)
-        job.build.step("pack")
-        plan = STRATEGIES[origin.options.strategy]
-        groups = plan(closure, popularity, min(origin.options.max_layers - 1, MOST_STORE_PATH_LAYERS))
-        main = _main_package(origin.request, resolutions)
-        labels = _labels(origin, resolutions)
-        async with _first_error_alone(), asyncio.TaskGroup() as tasks:
-            root_task = tasks.create_task(self._root_layer(job, closure, wanted, main))
+        plan = await self._plan(origin)
+        async with EarlyLayers(plan, partial(self._layer, job)) as early:
+            resolutions = await self._resolved_and_built(job, early)
+            wanted = _roots(origin.request, resolutions, origin.options.root_layer.contents)
+            closure = await self._nix.closure(wanted)
+            log.info(
+                "realised",
+                build=job.build.id,
+                store_paths=len(closure.nodes),
+                bytes=closure.nar_size,
+                early_layers=early.begun,
+            )
+            self._limits.check_closure(origin.request.name, closure)
+            job.build.step("pack")
+            groups = await asyncio.to_thread(plan, closure)
+            known = await self._known_layers(job, groups)
+            main = _main_package(origin.request, resolutions)
             # The largest first: one that comes last would keep one processor busy and the others idle.
             by_size = sorted(groups, key=lambda group: -group.nar_size)
-            packing = {group: tasks.create_task(self._layer(job, group)) for group in by_size}
+            async with _first_error_alone(), asyncio.TaskGroup() as tasks:
+                root_task = tasks.create_task(self._root_layer(job, closure, wanted, main))
+                packing = {
+                    group: tasks.create_task(early.layer(group)) for group in by_size if group not in known
+                }
+        packed = known | {group: task.result() for group, task in packing.items()}
         root = root_task.result()
-        layers = [(packing[group].result(), _history(group)) for group in groups]
+        layers = [(packed[group], _history(group)) for group in groups]
         layers.append((root.layer, "chandlery: root filesystem"))
-        return await self._describe(job, closure, root, layers, labels)
+        return await self._describe(job, closure, root, layers, _labels(origin, resolutions))
 
     async def resolve(self, origin: ImageOrigin, *, remembered: bool = True) -> Mapping[str, Resolution]:
         """Find the derivations of an image's packages; see `PackageResolver.resolve`."""
@@ -163,19 +172,34 @@ class ImageMaker:
             return False
         return info is not None
 
-    async def _resolved_and_built(self, job: Job) -> Mapping[str, Resolution]:
+    async def _plan(self, origin: ImageOrigin) -> Callable[[Closure], Sequence[LayerGroup]]:
+        """Give what groups a closure, as the image's options and its table of popularity have it."""
+        try:
+            popularity = await asyncio.to_thread(self._tables.table, origin.popularity)
+        except KeyError as error:
+            # With another the image would be another.
+            raise RevisionGoneError(f"{origin.pin.kind}!{origin.pin.location}", origin.pin.tag) from error
+        strategy = STRATEGIES[origin.options.strategy]
+        budget = min(origin.options.max_layers - 1, MOST_STORE_PATH_LAYERS)
+        return lambda closure: strategy(closure, popularity, budget)
+
+    async def _resolved_and_built(self, job: Job, early: EarlyLayers) -> Mapping[str, Resolution]:
         """Resolve the packages and build them; what was resolved once may have been collected since."""
         attempt = 0
         async with self._nix.beginning() as passage:
             while True:
                 attempt += 1
                 job.build.step("resolve")
-                resolutions = await self.resolve(job.origin, remembered=attempt == 1)
+                with job.build.timings.during(Work.RESOLVE):
+                    resolutions = await self.resolve(job.origin, remembered=attempt == 1)
                 log.info("resolved", build=job.build.id, packages=len(resolutions))
                 job.build.step("realise")
+                wanted = sorted({each.store_path for each in resolutions.values()})
+                if await self._nix.protect_known(wanted, job.roots / "known"):
+                    return resolutions
                 passage.realising()
                 try:
-                    await self._realise(job, resolutions)
+                    await self._realise(job, resolutions, early)
                 except DerivationMissingError as error:
                     if attempt == _ATTEMPTS:
                         raise
@@ -183,14 +207,7 @@ class ImageMaker:
                 else:
                     return resolutions
 
-    async def _popularity(self, origin: ImageOrigin) -> Popularity:
-        try:
-            return await asyncio.to_thread(self._tables.table, origin.popularity)
-        except KeyError as error:
-            # With another the image would be another.
-            raise RevisionGoneError(f"{origin.pin.kind}!{origin.pin.location}", origin.pin.tag) from error
-
-    async def _realise(self, job: Job, resolutions: Mapping[str, Resolution]) -> None:
+    async def _realise(self, job: Job, resolutions: Mapping[str, Resolution], early: EarlyLayers) -> None:
         """Build all packages, as what one derivation needs.
 
         Nix 2.8 keeps the locks of what it was asked for to its end, even if another Nix has built it: two
@@ -205,7 +222,38 @@ class ImageMaker:
         }
         together = await self._nix.instantiate("together.nix", arguments, job.roots)
         own = job.origin.pin.kind == "debian"
-        await self._nix.realise([together], job.roots, job.build.log_file, own=own)
+        async with early.watching(self._expected(resolutions, own=own)):
+            await self._nix.realise(
+                [together], job.roots, job.build.log_file, own=own, timings=job.build.timings
+            )
+
+    def _expected(self, resolutions: Mapping[str, Resolution], *, own: bool) -> Expected:
+        """Give what tells which store paths an image will have, and what of them is there."""
+        derivations = sorted({each.derivation for each in resolutions.values()})
+        wanted = sorted({each.store_path for each in resolutions.values()})
+
+        async def made() -> tuple[Closure, frozenset[StorePath]] | None:
+            # Packages of the Debian set need all that they are made of.
+            return await self._nix.made_by(derivations)
+
+        async def finished() -> tuple[Closure, frozenset[StorePath]] | None:
+            closure = await self._nix.known_closure(wanted)
+            return None if closure is None else (closure, frozenset(node.path for node in closure.nodes))
+
+        return made if own else finished
+
+    async def _known_layers(self, job: Job, groups: Sequence[LayerGroup]) -> dict[LayerGroup, PackedLayer]:
+        """Give the layers that were packed before, and are there."""
+        compression = COMPRESSIONS[job.origin.options.compression]
+        recorded = {group: self._index.layer(layer_key(group.store_paths, compression)) for group in groups}
+        found = {group: layer for group, layer in recorded.items() if layer is not None}
+        await job.lease.take(*(layer.descriptor.digest for layer in found.values()))
+        there = await asyncio.gather(*(self.has(layer.descriptor) for layer in found.values()))
+        known = {
+            group: layer for (group, layer), is_there in zip(found.items(), there, strict=True) if is_there
+        }
+        self._metrics.looked_up("layer", hits=len(known))
+        return known
 
     async def _layer(self, job: Job, group: LayerGroup) -> PackedLayer:
         """Give a group's layer, packing it unless it is known; never twice at once."""
@@ -221,9 +269,10 @@ class ImageMaker:
                     return known
             self._metrics.looked_up("layer", misses=1)
             with self._blobs.temporary_file() as file:
-                packed = await self._in_process(
-                    pack_store_paths, self._nix.store_root, group.store_paths, compression, file
-                )
+                with job.build.timings.during(Work.PACK):
+                    packed = await self.packers.run(
+                        pack_store_paths, self._nix.store_root, group.store_paths, compression, file
+                    )
                 await self._put(job, packed, file)
             await asyncio.to_thread(self._index.remember_layer, key, packed)
             log.debug("layer packed", digest=str(packed.descriptor.digest), bytes=packed.descriptor.size)
@@ -239,12 +288,13 @@ class ImageMaker:
         first = "none" if options.extra_commands else final
         store = self._nix.store_root
         with self._blobs.temporary_file() as file:
-            packed = await self._in_process(
-                pack_root_layer, store, closure, wanted, owner, account, main, first, file
-            )
+            with job.build.timings.during(Work.PACK):
+                packed = await self.packers.run(
+                    pack_root_layer, store, closure, wanted, owner, account, main, first, file
+                )
             if options.extra_commands:
                 changed = await self._run_extra_commands(job, file)
-                layer = await self._in_process(
+                layer = await self.packers.run(
                     pack_changed_root_layer, store, changed, owner, account, final, file
                 )
                 packed = RootLayer(layer, packed.main_program)
@@ -291,12 +341,9 @@ class ImageMaker:
 
     async def _put(self, job: Job, layer: PackedLayer, file: Path) -> None:
         await job.lease.take(layer.descriptor.digest)
-        await self._blobs.put(layer.descriptor.digest, file, layer.descriptor.media_type)
+        with job.build.timings.during(Work.STORE):
+            await self._blobs.put(layer.descriptor.digest, file, layer.descriptor.media_type)
         self._metrics.packed(layer.descriptor.size)
-
-    async def _in_process(self, function: Callable[P, T], *arguments: P.args, **_: P.kwargs) -> T:
-        """Run pure computation where it doesn't keep the server from serving; stopped when cancelled."""
-        return await anyio.to_process.run_sync(function, *arguments, cancellable=True, limiter=self._packers)
 
 
 @asynccontextmanager

@@ -25,12 +25,12 @@ import hashlib
 import heapq
 import os
 import struct
-from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+from chandlery.ahead import ahead
 from chandlery.closure import StorePath
 from chandlery.compression import COMPRESSIONS, Compression
 from chandlery.digest import Digest
@@ -42,9 +42,12 @@ ARCHIVE_VERSION = 1
 
 # Every piece that leaves here but the last has this size: compressed bytes depend on it (see `compression`).
 BLOCK_SIZE = 1 << 20
+# So many wait between reading and compressing, and between that and writing.
+_BLOCKS_AHEAD = 4
 
 _RECORD = 512
 _END = bytes(2 * _RECORD)
+_PADDING = tuple(bytes(length) for length in range(_RECORD))
 _MTIME = 1
 _LARGEST_SIZE = 0o77777777777
 _LARGEST_ID = 0o7777777
@@ -87,7 +90,10 @@ def layer_entries(reader: Reader, store_paths: Iterable[StorePath]) -> Iterator[
 
 
 def pack(entries: Iterable[Entry], compression: Compression, destination: Path) -> PackedLayer:
-    """Write a layer in one pass: archive, compress, and digest both; the blob is on the disk when it returns.
+    """Write a layer in one pass: archive, compress, and digest both; nothing is synced.
+
+    Reading, compressing and writing have a thread each, so one large layer keeps two processors busy, and
+    neither waits for the disk.
 
     If it fails, for whatever reason, `destination` doesn't exist. Raises `StorageFullError` when there is no
     space left, `StorageError` for any other trouble with reading or writing, and what `archive` raises.
@@ -104,34 +110,36 @@ def pack(entries: Iterable[Entry], compression: Compression, destination: Path) 
 
 
 def _pack(entries: Iterable[Entry], compression: Compression, destination: Path) -> PackedLayer:
-    compressor = compression.compressor()
     archive_sha256 = hashlib.sha256()
     blob_sha256 = hashlib.sha256()
-    blob_md5 = hashlib.md5(usedforsecurity=False)
     size = 0
-
-    with destination.open("wb", buffering=0) as blob:
-
-        def write(compressed: bytes) -> None:
-            nonlocal size
-            blob_sha256.update(compressed)
-            blob_md5.update(compressed)
-            size += len(compressed)
-            unwritten = memoryview(compressed)
+    with (
+        destination.open("wb", buffering=0) as blob,
+        ahead(_digested(archive(entries), archive_sha256), _BLOCKS_AHEAD) as blocks,
+        ahead(_compressed(blocks, compression), _BLOCKS_AHEAD) as pieces,
+    ):
+        for piece in _digested(pieces, blob_sha256):
+            size += len(piece)
+            unwritten = memoryview(piece)
             while unwritten:
                 unwritten = unwritten[blob.write(unwritten) :]
-
-        for block in archive(entries):
-            archive_sha256.update(block)
-            write(compressor.compress(block))
-        write(compressor.flush())
-        os.fsync(blob.fileno())
-
     return PackedLayer(
         Descriptor(compression.media_type, Digest(blob_sha256.hexdigest()), size),
         Digest(archive_sha256.hexdigest()),
-        b64encode(blob_md5.digest()).decode(),
     )
+
+
+def _digested(pieces: Iterable[bytes], state: "hashlib._Hash") -> Iterator[bytes]:
+    for piece in pieces:
+        state.update(piece)
+        yield piece
+
+
+def _compressed(blocks: Iterable[bytes], compression: Compression) -> Iterator[bytes]:
+    compressor = compression.compressor()
+    for block in blocks:
+        yield compressor.compress(block)
+    yield compressor.flush()
 
 
 def archive(entries: Iterable[Entry]) -> Iterator[bytes]:
@@ -140,47 +148,71 @@ def archive(entries: Iterable[Entry]) -> Iterator[bytes]:
     Raises `UnsupportedEntryError` for a file that was changed while it was read, and `ValueError` if the
     entries are not in order.
     """
-    block = bytearray()
-    for piece in _pieces(entries):
-        block += piece
-        while len(block) >= BLOCK_SIZE:
-            yield bytes(block[:BLOCK_SIZE])
-            del block[:BLOCK_SIZE]
-    if block:
-        yield bytes(block)
-
-
-def _pieces(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """Give headers, contents and padding, as they come."""
+    cutter = _Cutter()
     previous = b""
     for entry in entries:
         order = entry.order
         if order <= previous:
             raise ValueError(f"{entry.path!r} is out of order")
         previous = order
-        yield _header(entry)
+        cutter.add(_header(entry))
         if entry.kind is EntryKind.FILE:
-            yield from _content(entry)
-            yield bytes(-entry.size % _RECORD)
-    yield _END
+            for piece in _content(entry, cutter):
+                cutter.add(piece)
+                if cutter.room <= 0:
+                    yield from cutter.blocks()
+            cutter.add(_PADDING[-entry.size % _RECORD])
+        if cutter.room <= 0:
+            yield from cutter.blocks()
+    cutter.add(_END)
+    yield from cutter.blocks()
+    yield from cutter.rest()
 
 
-def _content(entry: Entry) -> Iterator[bytes]:
-    """Give a file's content in pieces of at most `BLOCK_SIZE`."""
+class _Cutter:
+    """Cuts what is added into blocks. Bytes that are a block by themselves are not copied."""
+
+    __slots__ = ("_pieces", "room")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self.room = BLOCK_SIZE  # bytes that the next block lacks
+
+    def add(self, piece: bytes) -> None:
+        """Add some bytes; when no room is left, `blocks` should be taken."""
+        self._pieces.append(piece)
+        self.room -= len(piece)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Give the blocks that are whole."""
+        joined = b"".join(self._pieces)
+        whole = len(joined) - len(joined) % BLOCK_SIZE
+        for start in range(0, whole, BLOCK_SIZE):
+            yield joined[start : start + BLOCK_SIZE]
+        self._pieces = [joined[whole:]]
+        self.room = BLOCK_SIZE - len(self._pieces[0])
+
+    def rest(self) -> Iterator[bytes]:
+        """Give what is no whole block, unless that is nothing."""
+        yield from filter(None, self._pieces)
+
+
+def _content(entry: Entry, cutter: _Cutter) -> Iterator[bytes]:
+    """Give a file's content; what is read from disk never goes beyond the end of a block."""
+    left = entry.size
     if isinstance(entry.source, bytes):
         yield entry.source
-        left = entry.size - len(entry.source)
-    elif entry.source is None:
-        left = entry.size
-    else:
-        left = entry.size
+        left -= len(entry.source)
+    elif entry.source is not None:
         file = os.open(entry.source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            # One byte more than there should be, to see that there isn't.
-            while piece := os.read(file, min(left + 1, BLOCK_SIZE)):
+            ended = False
+            while not ended and left >= 0:
+                # One byte more than there should be, to see that there isn't.
+                wanted = min(left + 1, cutter.room)
+                piece = os.read(file, wanted)
+                ended = len(piece) < wanted
                 left -= len(piece)
-                if left < 0:
-                    break
                 yield piece
         finally:
             os.close(file)
@@ -263,13 +295,16 @@ def merge(streams: Sequence[Iterable[Entry]]) -> Iterator[Entry]:
         while hidden and not order.startswith(hidden[-1][0]):
             hidden.pop()
         first = hidden[-1][1] if hidden else 0
-        visible = [(number, entry) for _, number, entry in same if number >= first]
-        if not visible:
-            continue
-        covering = max((number for number, entry in visible if not entry.is_directory), default=0)
+        last, covering = None, 0
+        for _, number, entry in same:
+            if number >= first:
+                last = entry
+                if entry.kind is not EntryKind.DIRECTORY:
+                    covering = number
         if covering > first:
             hidden.append((order + b"\0", covering))
-        yield visible[-1][1]
+        if last is not None:
+            yield last
 
 
 def _numbered(stream: Iterable[Entry], number: int) -> Iterator[tuple[bytes, int, Entry]]:

@@ -1,15 +1,19 @@
-"""What keeps a data folder in order while a server runs: repair, checks, garbage collection."""
+"""What keeps a data folder in order while servers run: repair, checks, garbage collection, unfinished builds.
+
+Every process repairs what it is asked for. The rest is done by one of all that share the folder: by whichever
+holds the lock of `maintenance.lock`, as long as it lives, and then by another.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from pathlib import Path
 
 import structlog
 
 from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
-from chandlery.data_folder import RunMarker
+from chandlery.data_folder import RunMarker, on_duty
 from chandlery.digest import Digest
 from chandlery.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.image_builder import ImageBuilder
@@ -20,6 +24,11 @@ from chandlery.scrub import Scrub, written_since
 from chandlery.settings import Settings
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# Seconds between looks for builds that somebody left who died.
+_TAKE_OVER_INTERVAL = 5.0
+
+Work = Callable[[], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -43,10 +52,44 @@ async def maintained(
     collector = GarbageCollector(blobs, index, leases, nix, limits)
     async with leases.lease() as lease:
         repaired = RepairedBlobs(blobs, index, builder, lease, settings.hold, in_doubt)
-        checks = _check(Scrub(blobs, index, repaired), marker, settings, _scrub_rate(settings, blobs))
-        async with _in_background(checks), _in_background(collector.run(settings.collect_interval)):
+        scrub = Scrub(blobs, index, repaired)
+        works: list[Work] = [
+            lambda: _check(scrub, marker, settings, _scrub_rate(settings, blobs)),
+            lambda: collector.run(settings.collect_interval),
+            lambda: _take_over(builder),
+        ]
+        async with by_one(settings.data_dir / "maintenance.lock", works):
             yield repaired
-    marker.end(whole=not repaired.in_doubt)
+    marker.end()
+
+
+@asynccontextmanager
+async def by_one(lock: Path | None, works: Sequence[Work]) -> AsyncIterator[None]:
+    """While the body runs, do what goes on for ever: here, unless another process that has the lock does it.
+
+    What one of the works dies of is logged, and ends no other. Without a lock there is no other process.
+    """
+
+    async def work() -> None:
+        async with on_duty(lock) if lock else nullcontext(), AsyncExitStack() as stack:
+            for each in works:
+                await stack.enter_async_context(in_background(each))
+            await asyncio.Event().wait()
+
+    async with in_background(work):
+        yield
+
+
+@asynccontextmanager
+async def in_background(work: Work) -> AsyncIterator[None]:
+    """Run something that goes on for ever while the body runs; what it dies of is logged."""
+    task = asyncio.ensure_future(work())
+    task.add_done_callback(_log_failure)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _scrub_rate(settings: Settings, blobs: BlobStore) -> int:
@@ -61,18 +104,12 @@ async def _check(scrub: Scrub, marker: RunMarker, settings: Settings, rate: int)
         await scrub.run(settings.scrub_interval, rate)
 
 
-@asynccontextmanager
-async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something that goes on for ever while the body runs; what it dies of is logged."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(_log_failure)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+async def _take_over(builder: ImageBuilder) -> None:
+    while not builder.queue.stopping:
+        await builder.take_over()
+        await asyncio.sleep(_TAKE_OVER_INTERVAL)
 
 
-def _log_failure(task: "asyncio.Task[None]") -> None:
+def _log_failure(task: "asyncio.Future[None]") -> None:
     if not task.cancelled() and task.exception() is not None:
         log.error("a background task failed", exc_info=task.exception())

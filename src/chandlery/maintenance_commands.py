@@ -1,16 +1,19 @@
-"""`chandlery scrub` and `chandlery collect`: a data folder put in order by hand, beside a server too."""
+"""`chandlery scrub`, `collect`, `status`: a data folder put in order or looked at, beside a server too."""
 
 import asyncio
+import shutil
 from datetime import UTC, datetime
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from chandlery import logs
 from chandlery.app import image_builder, open_parts
-from chandlery.command_options import DataDir, SettingsFile
+from chandlery.command_options import AsJson, DataDir, SettingsFile
+from chandlery.data_folder_status import DataFolderStatus, examine
 from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Finding, Scrub
@@ -53,6 +56,22 @@ def collect(
     settings = Settings.load(settings_file, data_dir=data_dir, source=source, disk_limit=disk_limit)
     logs.configure(settings.log_format)
     _print_collected(asyncio.run(_collect(settings, dry_run=dry_run)), dry_run=dry_run)
+
+
+def status(as_json: AsJson = False, data_dir: DataDir = None, settings_file: SettingsFile = None) -> None:
+    """Tell what the data folder holds and what that takes on the disk.
+
+    Nothing is changed, and a server may run meanwhile.
+    """
+    settings = Settings.load(settings_file, data_dir=data_dir)
+    folder = settings.data_dir
+    found = examine(folder) if folder.is_dir() else None
+    if as_json:
+        typer.echo(msgspec.json.encode(_as_json(settings, found)))
+    elif found is None:
+        typer.echo(f"there is no data folder {folder} yet: a server makes it, or the first build")
+    else:
+        _print_status(settings, found)
 
 
 async def _scrub(settings: Settings, *, repair: bool) -> bool:
@@ -108,3 +127,53 @@ def _print_collected(collected: Collected, *, dry_run: bool) -> None:
             else "limit: none, so nothing has to go"
         )
     )
+
+
+def _as_json(settings: Settings, found: DataFolderStatus | None) -> dict[str, object]:
+    """Give `--json`: sizes in bytes, and little of a folder that isn't there."""
+    told: dict[str, object] = {
+        "data_dir": str(settings.data_dir),
+        "exists": found is not None,
+        "storage": settings.storage or None,
+        "disk_limit": settings.disk_limit or None,
+    }
+    if found is not None:
+        told |= {"total": found.bytes, "free": _free(settings), **msgspec.structs.asdict(found)}
+    return told
+
+
+def _print_status(settings: Settings, found: DataFolderStatus) -> None:
+    typer.echo(f"{settings.data_dir}, {'in use by a server' if found.server_runs else 'no server runs'}\n")
+    table = Table("Part", "On the disk", "Number", "", box=None, pad_edge=False)
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for part in found.parts:
+        table.add_row(part.name, _megabytes(part.bytes), f"{part.number:,}", part.what)
+    table.add_row("total", _megabytes(found.bytes))
+    Console().print(table)
+    counts = found.counts
+    typer.echo(f"\nimages: {counts.images:,}, with {counts.layers:,} layers of store paths")
+    if settings.storage:
+        typer.echo(
+            f"blobs: in {settings.storage}, not counted; images need {counts.blobs:,} "
+            f"with {_megabytes(counts.blob_bytes)}"
+        )
+    if settings.nix_store == "machine":
+        typer.echo("Nix store: this machine's, not counted")
+    for twice in found.twice:
+        typer.echo(f"kept twice: {twice.why}: {twice.number:,} with {_megabytes(twice.bytes)}")
+    if not found.twice:
+        typer.echo("kept twice: nothing")
+    if found.unreadable:
+        typer.echo(f"not counted: {found.unreadable:,} files that this user can't read")
+    limited = sum(found.part(name).bytes for name in ("blobs", "Nix store"))
+    limit = f"{_megabytes(limited)} of {_megabytes(settings.disk_limit)}" if settings.disk_limit else "none"
+    typer.echo(f"disk limit: {limit}; free on the disk: {_megabytes(_free(settings))}")
+
+
+def _free(settings: Settings) -> int:
+    return shutil.disk_usage(settings.data_dir).free
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -13,11 +13,10 @@ folders and hosts, and all that follows are for the networks in the settings alo
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
 import anyio
 from starlette.requests import Request
@@ -29,6 +28,7 @@ from chandlery.client_address import Network, client_address, is_trusted
 from chandlery.errors import ChandleryError
 from chandlery.metrics import Metrics
 from chandlery.readiness import Readiness
+from chandlery.worker_reports import Report, ReportedBuild, WorkerReports
 
 _BUILD_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 _BLOCK = 1 << 16  # bytes
@@ -70,11 +70,14 @@ def count(metrics: Metrics, queue: BuildQueue, folder: Path) -> None:
 
     def built(build: Build) -> None:
         steps = [(step, end - begin) for step, begin, end in build.steps]
-        metrics.built(build.state, build.seconds, steps)
+        works = [(time.work, time.busy) for time in build.timings.times()]
+        metrics.built(build.state, build.seconds, steps, works)
 
     queue.observers.append(built)
-    metrics.gauge("chandlery_queued_builds", "Builds that wait for their turn.", lambda: queue.queued)
-    metrics.gauge("chandlery_running_builds", "Builds that run.", lambda: queue.running)
+    metrics.gauge(
+        "chandlery_queued_builds", "Builds that wait for their turn.", lambda: queue.queued, summed=True
+    )
+    metrics.gauge("chandlery_running_builds", "Builds that run.", lambda: queue.running, summed=True)
     # One call of the system each (statvfs), however full the folder is.
     metrics.gauge(
         "chandlery_disk_used_bytes",
@@ -88,9 +91,20 @@ def count(metrics: Metrics, queue: BuildQueue, folder: Path) -> None:
     )
 
 
-def routes(metrics: Metrics, readiness: Readiness, queue: BuildQueue, watchers: Watchers) -> list[Route]:
-    """Give the routes."""
-    pages = _Pages(metrics, readiness, queue, watchers)
+def report(metrics: Metrics, queue: BuildQueue) -> Report:
+    """Say what the other workers of a server have to know to answer for this one."""
+    return Report(metrics.figures(), [_reported(queue, build) for build in queue.builds()])
+
+
+def routes(
+    metrics: Metrics,
+    readiness: Readiness,
+    queue: BuildQueue,
+    watchers: Watchers,
+    reports: WorkerReports | None = None,
+) -> list[Route]:
+    """Give the routes; `reports` are those of the server's other workers, if it has several."""
+    pages = _Pages(metrics, readiness, queue, watchers, reports)
     return [
         Route("/healthz", pages.health),
         Route("/readyz", pages.readiness),
@@ -102,11 +116,19 @@ def routes(metrics: Metrics, readiness: Readiness, queue: BuildQueue, watchers: 
 
 
 class _Pages:
-    def __init__(self, metrics: Metrics, readiness: Readiness, queue: BuildQueue, watchers: Watchers) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        readiness: Readiness,
+        queue: BuildQueue,
+        watchers: Watchers,
+        reports: WorkerReports | None,
+    ) -> None:
         self._metrics = metrics
         self._readiness = readiness
         self._queue = queue
         self._watchers = watchers
+        self._reports = reports
 
     def for_watchers(self, handler: Handler) -> Handler:
         """Let nobody in but the watchers."""
@@ -135,48 +157,72 @@ class _Pages:
 
     async def metrics(self, request: Request) -> Response:
         """Give the figures."""
-        content, media_type = self._metrics.exposition(request.headers.get("accept", ""))
+        others = (each.figures for each in self._others())
+        content, media_type = self._metrics.exposition(request.headers.get("accept", ""), others)
         return Response(content, headers={**_FRESH, "content-type": media_type})
 
     async def builds(self, _: Request) -> Response:
-        """List the builds that are known."""
-        return JSONResponse([self._describe(build) for build in self._queue.builds()], headers=_FRESH)
+        """List the builds that are known, the newest first."""
+        builds = sorted(self._builds(), key=lambda build: build.asked_at, reverse=True)
+        return JSONResponse([build.description for build in builds], headers=_FRESH)
 
     async def build(self, request: Request) -> Response:
         """Describe a build."""
-        build = self._queue.find(request.path_params["id"])
-        return JSONResponse(self._describe(build), headers=_FRESH) if build else _no_such_build()
+        build = self._find(request.path_params["id"])
+        return JSONResponse(build.description, headers=_FRESH) if build else _no_such_build()
 
     async def log(self, request: Request) -> Response:
         """Give a build's log; as long as the build goes on, so does the answer."""
         build_id = request.path_params["id"]
         if _BUILD_ID.fullmatch(build_id) is None:
             return _no_such_build()
-        build = self._queue.find(build_id)
         # The logs of builds outlive the process that ran them.
         file = self._queue.log_file(build_id)
-        if build is None and not await anyio.Path(file).exists():
+        if self._find(build_id) is None and not await anyio.Path(file).exists():
             return _no_such_build()
         if request.method == "HEAD":
             return PlainTextResponse(headers=_FRESH)
-        content = _tail(file, lambda: build is None or build.has_ended)
+        content = _tail(file, lambda: self._has_ended(build_id))
         return StreamingResponse(content, headers=_FRESH, media_type="text/plain")
 
-    def _describe(self, build: Build) -> dict[str, Any]:
-        description = {
-            "id": build.id,
-            "image": build.image,
-            "state": build.state,
-            "position": self._queue.position(build),
-            "waiters": build.waiters,
-            "seconds": round(build.seconds, 3),
-            "timeline": [{"step": step, "seconds": seconds} for step, seconds in build.timeline],
-            "log": f"/builds/{build.id}/log",
-        }
-        if build.error is not None:
-            known = isinstance(build.error, ChandleryError)
-            description["error"] = str(build.error) if known else "the server failed: its log says why"
-        return description
+    def _others(self) -> Iterator[Report]:
+        return self._reports.others() if self._reports else iter(())
+
+    def _builds(self) -> Iterator[ReportedBuild]:
+        """Give the builds of all workers."""
+        for build in self._queue.builds():
+            yield _reported(self._queue, build)
+        for each in self._others():
+            yield from each.builds
+
+    def _find(self, build_id: str) -> ReportedBuild | None:
+        return next((build for build in self._builds() if build.description["id"] == build_id), None)
+
+    def _has_ended(self, build_id: str) -> bool:
+        """Tell whether nothing more will happen in a build; so it is if it isn't known."""
+        own = self._queue.find(build_id)
+        if own is not None:
+            return own.has_ended
+        build = self._find(build_id)
+        return build is None or build.has_ended
+
+
+def _reported(queue: BuildQueue, build: Build) -> ReportedBuild:
+    description = {
+        "id": build.id,
+        "image": build.image,
+        "state": build.state,
+        "position": queue.position(build),
+        "waiters": build.waiters,
+        "seconds": round(build.seconds, 3),
+        "timeline": [{"step": step, "seconds": seconds} for step, seconds in build.timeline],
+        "works": [asdict(work) for work in build.timings.times()],
+        "log": f"/builds/{build.id}/log",
+    }
+    if build.error is not None:
+        known = isinstance(build.error, ChandleryError)
+        description["error"] = str(build.error) if known else "the server failed: its log says why"
+    return ReportedBuild(build.asked_at, build.has_ended, description)
 
 
 async def _tail(file: Path, has_ended: Callable[[], bool]) -> AsyncIterator[bytes]:

@@ -4,15 +4,20 @@ Nix works in a store of its own in the data folder, or in the machine's. A packa
 can read nothing but itself, and with limits of time and memory (see `nix_evaluation`).
 """
 
+import asyncio
+import hashlib
 import shutil
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
+from chandlery.build_timings import Timings
 from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.data_folder import storage_errors
 from chandlery.errors import (
@@ -24,7 +29,9 @@ from chandlery.errors import (
     StorageFullError,
 )
 from chandlery.nix_configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
+from chandlery.nix_database import DatabaseUnreadableError, NixDatabase
 from chandlery.nix_evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
+from chandlery.nix_log import NixLog
 from chandlery.nix_output import (
     DerivationMissingError,
     LockedFlake,
@@ -45,10 +52,15 @@ from chandlery.store_gate import Passage, StoreGate
 
 __all__ = ["EXPRESSIONS", "LockedFlake", "Nix", "NixLimits", "NixOptions", "Resolution"]
 
+T = TypeVar("T")
+
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # Seconds in which names for suggestions must be there.
 _NAMES_TIMEOUT = 20.0
+
+# Of what a build says, the lines that are kept to find the error in them, and the bytes of each.
+_KEPT_LINES, _LONGEST_KEPT = 4000, 8192
 
 # Bytes of a disk that is as good as full.
 _LEAST_SPACE = 1 << 20
@@ -62,6 +74,7 @@ class Nix:
         self._limits = limits
         self._configuration = NixConfiguration(folder, limits, options or NixOptions())
         # Whoever collects garbage of the machine's store knows of no gate.
+        self._database = NixDatabase(folder) if folder else None
         self._gate = StoreGate(folder, limits.begun_after) if folder else None
 
     @property
@@ -145,46 +158,65 @@ class Nix:
         return sources
 
     async def realise(
-        self, derivations: Sequence[str], roots: Path, build_log: Path, *, own: bool = True
+        self,
+        derivations: Sequence[str],
+        roots: Path,
+        build_log: Path,
+        *,
+        own: bool = True,
+        timings: Timings | None = None,
     ) -> None:
         """Build what isn't there, and protect it from Nix's garbage collector by links in `roots`.
 
         A derivation may be followed by `!` and the output that is wanted, else all of them are. What isn't
         of Chandlery's `own` expressions sees nothing of this machine but what the options say, and binary
-        caches are asked for it first. Everything that Nix says goes to `build_log` as it comes.
+        caches are asked for it first. Everything that Nix says goes to `build_log` as it comes, and how long
+        it fetched and built to `timings`.
         Raises `BuildError`, `BuildTimeoutError` when the limit is reached, `DerivationMissingError`.
         """
         roots.mkdir(parents=True, exist_ok=True)
-        command = ("nix-store", "--realise", *derivations, "--add-root", str(roots / "result"), "--indirect")
+        command = (
+            *("nix-store", "--realise", *derivations, "--add-root", str(roots / "result"), "--indirect"),
+            *("--log-format", "internal-json"),
+        )
+        timings = timings or Timings()
+        said: deque[bytes] = deque(maxlen=_KEPT_LINES)
         with storage_errors(build_log.parent), build_log.open("ab", buffering=0) as file:
 
-            def write(output: bytes) -> None:
+            def write(text: bytes) -> None:
+                said.append(text if len(text) <= _LONGEST_KEPT else text[:_LONGEST_KEPT] + b"\n")
                 # Where there is no space for a log there may still be some for what is built.
                 with suppress(OSError):
-                    file.write(output)
+                    file.write(text)
 
+            nix_log = NixLog(write, timings.add, time.monotonic)
             try:
                 result = await self._run(
                     *command,
                     purpose=Purpose.BUILD if own else Purpose.BUILD_OTHERS,
                     timeout=self._limits.build_timeout,
-                    on_output=write,
+                    on_output=nix_log.feed,
                     check=False,
                 )
+                nix_log.end()
             except StoppedError as error:
                 what = ", ".join(package_name(path) for path in derivations)
                 tail = log_tail(build_log.read_text(errors="replace"))
                 raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
+        text = b"".join(said).decode(errors="replace")
         if result.code < 0:
             what = ", ".join(map(package_name, derivations))
             reason = f"Nix was killed by signal {-result.code}: is there too little memory?"
-            raise BuildError(what, reason, log_tail(result.stderr))
+            raise BuildError(what, reason, log_tail(text))
         if result.code != 0:
-            raise build_error(result.stderr, derivations)
+            raise build_error(text, derivations)
 
     async def closure(self, roots: Iterable[StorePath]) -> Closure:
         """Give the closure of store paths that are there."""
         wanted = tuple(sorted(set(roots)))
+        known = await self._ask_database(lambda database: database.closure(wanted))
+        if known is not None and set(wanted) <= {node.path for node in known.nodes}:
+            return known
         described = await self._run(
             "nix",
             "path-info",
@@ -209,6 +241,44 @@ class Nix:
                 for entry in entries
             ),
         )
+
+    async def known_closure(self, roots: Sequence[StorePath]) -> Closure | None:
+        """Give the closure of those of some store paths that are there, which may be none.
+
+        It is None where only Nix itself can tell.
+        """
+        return await self._ask_database(lambda database: database.closure(roots))
+
+    async def protect_known(self, paths: Sequence[StorePath], roots: Path) -> bool:
+        """Protect store paths like what `realise` builds, if all are there; tell whether they are.
+
+        It is false, too, where only Nix itself can tell. No collector may run meanwhile: see `beginning`.
+        """
+        if self._folder is None:
+            return False
+        state = self._folder / "nix/var/nix/gcroots/auto"
+        with storage_errors(roots):
+            await asyncio.to_thread(_add_roots, state, paths, roots)
+        texts = [path.text for path in paths]
+        valid = await self._ask_database(lambda database: database.valid(texts))
+        return valid is not None and valid >= set(texts)
+
+    async def made_by(self, derivations: Sequence[str]) -> tuple[Closure, frozenset[StorePath]] | None:
+        """Give what derivations and those that they need will make; see `NixDatabase`.
+
+        It is None where only Nix itself can tell.
+        """
+        return await self._ask_database(lambda database: database.made_by(derivations))
+
+    async def _ask_database(self, ask: Callable[[NixDatabase], T]) -> T | None:
+        """Read the database of Chandlery's own store; None if there is none that can be read."""
+        if self._database is None:
+            return None
+        try:
+            return await asyncio.to_thread(ask, self._database)
+        except DatabaseUnreadableError as error:
+            log.info("Nix is asked, since its database can't be read", reason=str(error))
+            return None
 
     async def add(self, path: Path, roots: Path) -> StorePath:
         """Copy a file or a folder into the store, protected like what `realise` builds."""
@@ -332,3 +402,15 @@ def _arguments(arguments: Mapping[str, str]) -> list[str]:
     """Give the arguments of Nix for an expression of Chandlery's own that builds something."""
     described = {**arguments, "hostPaths": msgspec.json.encode(host_paths()).decode()}
     return [word for name, value in described.items() for word in ("--argstr", name, value)]
+
+
+def _add_roots(state: Path, paths: Iterable[StorePath], roots: Path) -> None:
+    """Do what `nix-store --add-root --indirect` does: a link, and one to it, which Nix removes with it."""
+    roots.mkdir(parents=True, exist_ok=True)
+    state.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        link = roots / path.base_name
+        indirect = state / hashlib.sha256(str(link).encode(errors="surrogateescape")).hexdigest()[:32]
+        for made, target in ((link, path.text), (indirect, str(link))):
+            with suppress(FileExistsError):
+                made.symlink_to(target)

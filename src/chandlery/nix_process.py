@@ -1,7 +1,7 @@
 """One of Nix's programs from its start to its end, or to a limit: then it is stopped, and all it has started.
 
 stdout and stderr are read at the same time: a build that says much on one of them never waits for somebody to
-read the other.
+read the other. What Nix does, and what it builds, yields to serving; a daemon's builders are the daemon's.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from chandlery import background
 from chandlery.errors import NixError, NixMissingError
 
 # Seconds that Nix has to stop its builders before it is killed: Nix 2.8 overlooks a signal that comes while
@@ -70,6 +71,7 @@ async def run(
     assert process.stderr is not None  # noqa: S101
     tail: deque[bytes] = deque(maxlen=_KEPT_PIECES)
     try:
+        background.lower(process.pid)
         if limits.memory:
             _limit_memory(process.pid, limits.memory)
         async with asyncio.timeout(limits.timeout), asyncio.TaskGroup() as group:

@@ -180,7 +180,7 @@ class NixpkgsSource:
                 "a revision can't be had again", source=self.text, revision=revision, reason=str(error)
             )
             why = "; ".join(each for each in (stale, str(error)) if each)
-            return PinnedSource(self.kind, self.location, revision, arguments.variant, None, why)
+            return PinnedSource(self.kind, self.location, revision, arguments.variant, None, stale=why)
         return arguments.source(self.kind, self.location, revision, tree, stale)
 
     async def _resolve(self, reference: str) -> Resolved:

@@ -102,11 +102,10 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """A layer blob: its descriptor, the digest of the tar in it, and the MD5 that object stores check."""
+    """A layer blob: its descriptor, and the digest of the tar in it."""
 
     descriptor: Descriptor
     diff_id: Digest
-    md5: str  # base64, as in Content-MD5 (RFC 1864)
 
 
 @dataclass(frozen=True, slots=True)

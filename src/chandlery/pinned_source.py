@@ -36,8 +36,8 @@ class PinnedSource:
     revision: str
     variant: str = ""
     nix: Mapping[str, Any] | None = field(default_factory=dict, compare=False, hash=False)
-    popularity: str = field(default="", compare=False, hash=False)
-    stale: str = field(default="", compare=False, hash=False)
+    popularity: str = field(default="", compare=False, hash=False, kw_only=True)
+    stale: str = field(default="", compare=False, hash=False, kw_only=True)
 
     @property
     def tag(self) -> str:

@@ -54,6 +54,9 @@ _RENEWAL = 0.75
 # A pin that is found to be as it was is written again after so many seconds.
 _WRITE_INTERVAL = 60.0
 
+# So many seconds after another process has renewed a pin this one has it, too.
+_READ_INTERVAL = 1.0
+
 _LONGEST_REASON = 300
 
 
@@ -185,6 +188,8 @@ class Pins:
         self._used: dict[str, float] = {}
         self._written: dict[str, float] = {}
         self._turns = asyncio.Semaphore(_RESOLUTIONS_AT_ONCE)
+        self._version = self._version_of_file()
+        self._read_at = time.monotonic()
         self._stored = self._load()
 
     async def get(self, reference: str) -> Pin:
@@ -193,6 +198,8 @@ class Pins:
         Raises `ReferenceNotFoundError`; and without a last good pin whatever else kept `resolve` from it.
         """
         asked = self._clock()
+        if time.monotonic() - self._read_at >= _READ_INTERVAL:
+            self._read_again()
         while True:
             pin = self._pin(reference)
             now = self._clock()
@@ -201,6 +208,8 @@ class Pins:
                 # The clock may have been set back since.
                 if asked - self._limits.lifetime <= pin.resolved <= now:
                     return pin
+            if self._read_again():
+                continue
             attempt = self._attempts.get(reference) or self._begin(reference, pin)
             if attempt is None:
                 failure = self._failures[reference].error
@@ -233,11 +242,15 @@ class Pins:
 
     def revision(self, beginning: str) -> str | None:
         """Give the revision that begins so, of those that were pinned once; None for none, or for several."""
-        found = [each for each in self._stored.revisions if each.startswith(beginning)]
+        found = self._beginning_with(beginning)
+        if not found and self._read_again():
+            found = self._beginning_with(beginning)
         return found[0] if len(found) == 1 else None
 
     def details(self, revision: str) -> Mapping[str, str] | None:
         """Give the details of a revision that was pinned once, or None if it is not remembered."""
+        if revision not in self._stored.revisions:
+            self._read_again()
         return self._stored.revisions.get(revision)
 
     async def note(self, resolved: Resolved) -> None:
@@ -274,6 +287,9 @@ class Pins:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    def _beginning_with(self, text: str) -> list[str]:
+        return [each for each in self._stored.revisions if each.startswith(text)]
 
     def _pin(self, reference: str) -> Pin | None:
         stored = self._stored.pins.get(reference)
@@ -385,6 +401,23 @@ class Pins:
                 changed = self._changed(self._load(), reference, pin, resolved)
                 durably_replace(self._file, msgspec.json.format(msgspec.json.encode(changed), indent=1))
         return changed
+
+    def _read_again(self) -> bool:
+        """Take what another process has written to the file since, if it has: it may have renewed a pin."""
+        self._read_at = time.monotonic()
+        version = self._version_of_file()
+        if version is None or version == self._version:
+            return False
+        self._version = version
+        self._stored = self._changed(self._load(), None, None, None)
+        return True
+
+    def _version_of_file(self) -> tuple[int, int] | None:
+        try:
+            status = self._file.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def _changed(
         self, stored: _Stored, reference: str | None, pin: _StoredPin | None, resolved: Resolved | None

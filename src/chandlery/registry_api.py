@@ -6,7 +6,8 @@ docs/conformance.md.
 """
 
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
@@ -22,7 +23,8 @@ from starlette.routing import Route
 
 from chandlery import image_name
 from chandlery.access_control import TOKEN_PATH, AccessControl
-from chandlery.blob_store import BlobSource
+from chandlery.blob_store import BlobSource, content_of
+from chandlery.bounded_memory import BoundedMemory
 from chandlery.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
 from chandlery.client_address import Network, client_address
 from chandlery.digest import Digest
@@ -43,6 +45,7 @@ from chandlery.oci import (
     Descriptor,
     canonical_json,
 )
+from chandlery.prepared_answers import LastingResponse
 from chandlery.token_endpoint import TokenEndpoint
 from chandlery.waiting import WaitPolicy
 
@@ -57,6 +60,9 @@ _LONGEST_WARNING = 4000
 
 _BLOB_TYPE = "application/octet-stream"
 _FOR_EVER = "max-age=31536000, immutable"
+
+# Bytes.
+_MANIFESTS_IN_MEMORY = 32 << 20
 
 # Seconds for which a client that is sent to a bucket can begin there; it comes back here for more.
 _URL_LIFETIME = 1200.0
@@ -92,6 +98,18 @@ class ImageSource(Protocol):
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:
         """Tell whether an image of this name was made that needs a blob, at whatever revision."""
+        ...
+
+    @property
+    def moment(self) -> float:
+        """For how many seconds nobody need look again whether blobs are there that are only described."""
+        ...
+
+    async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
+        """Tell whether `pull` would give the same now, and with `whole` that all of its blobs are there.
+
+        It builds nothing, and may raise any `ChandleryError`.
+        """
         ...
 
 
@@ -156,6 +174,7 @@ class _RegistryAPI:
         self._access = access
         # What not everybody may have, a cache that many share may not keep.
         self._for_ever = f"{'private' if access.control else 'public'}, {_FOR_EVER}"
+        self._contents: BoundedMemory[Digest, bytes] = BoundedMemory(_MANIFESTS_IN_MEMORY)
 
     async def base(self, request: Request) -> Response:
         """Say that this is a registry (end-1), to clients that may know; they ask so whether to log in."""
@@ -194,6 +213,7 @@ class _RegistryAPI:
     async def manifest(self, request: Request) -> Response:
         """Give a manifest (end-3): a tag's is built now if need be, a digest's if it was there once."""
         reference = request.path_params["reference"]
+        check: Callable[[], Awaitable[bool]] | None
         if image_name.is_digest(reference):
             digest = Digest.parse(reference)
             wanted = await self._image_request(request)
@@ -202,6 +222,7 @@ class _RegistryAPI:
             except BuildPendingError as pending:
                 return self._keep_waiting(request, pending)
             headers = {"cache-control": self._for_ever}
+            check, lifetime = partial(self._is_there, digest), self._images.moment
         else:
             wanted = await self._image_request(request, reference)
             accepted = accepted_formats(request.headers.getlist("accept"))
@@ -217,11 +238,33 @@ class _RegistryAPI:
             content = await self._read(descriptor.digest)
             # What a tag names may change, and depends on Accept: ask again each time, and get a 304.
             headers = {"cache-control": "no-cache", "vary": "Accept", **_pull_headers(pulled)}
+            # What a person should know is logged as well, each time.
+            check, lifetime = (None if pulled.warnings else self._check(pulled)), 0.0
         headers |= _digest_headers(descriptor.digest)
         _check_wanted(request, descriptor.digest)
         if is_known(request.headers, descriptor.digest):
             return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=descriptor.media_type)
+        if self._access.control or check is None:
+            return Response(content, headers=headers, media_type=descriptor.media_type)
+        return LastingResponse(content, headers, descriptor.media_type, check, lifetime)
+
+    async def _is_there(self, digest: Digest) -> bool:
+        return await self._blobs.stat(digest) is not None
+
+    def _check(self, pulled: Pulled) -> Callable[[], Awaitable[bool]]:
+        """Make what tells whether a tag still means what was pulled; its blobs are looked at now and then."""
+        whole_until = time.monotonic() + self._images.moment
+
+        async def check() -> bool:
+            nonlocal whole_until
+            now = time.monotonic()
+            whole = now >= whole_until
+            current = await self._images.is_current(pulled, whole=whole)
+            if whole:
+                whole_until = now + self._images.moment
+            return current
+
+        return check
 
     def _keep_waiting(self, request: Request, pending: BuildPendingError) -> Response:
         """Send a request on to itself, so that its client goes on waiting, or say that it waited enough."""
@@ -302,7 +345,13 @@ class _RegistryAPI:
         raise ReferenceNotFoundError(name, str(digest), "pull a tag of this image, which builds it")
 
     async def _read(self, digest: Digest) -> bytes:
-        return b"".join([part async for part in self._blobs.read(digest)])
+        """Give a manifest that is there; damaged ones aren't kept in memory."""
+        content = self._contents.get(digest)
+        if content is None:
+            content = await content_of(self._blobs, digest)
+            if Digest.of(content) == digest:
+                self._contents.put(digest, content, len(content))
+        return content
 
     def _partial_blob(
         self, digest: Digest, size: int, ranges: Sequence[ByteRange], headers: Mapping[str, str]

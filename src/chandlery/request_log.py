@@ -2,8 +2,8 @@
 
 Whatever else is logged while the request is handled has the id, and so has what a build logs that it started.
 
-A plain ASGI middleware: it passes every message on as it is, so that the server can still send files itself
-(`http.response.pathsend`).
+A plain ASGI middleware: it passes every message on, with the id in the headers, so that the server can still
+send files itself (`http.response.pathsend`). It is on the way of every request, so it does little.
 """
 
 import re
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from secrets import token_hex
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +20,8 @@ from chandlery.metrics import Metrics
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 _ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
+_ID_HEADER = b"x-request-id"
+_LENGTH_HEADER = b"content-length"
 
 
 @dataclass(slots=True)
@@ -41,38 +42,41 @@ class RequestLog:
     def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
         self._app = app
         self._metrics = metrics or Metrics()
+        # Bound once: the logger of a module is made anew for every event.
+        self._log = log.bind()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application; what it logs itself can have the id from `request.state.request_id`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else token_hex(8)
+        request_id = _id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         sent = _Sent()
 
         async def send_counted(message: Message) -> None:
-            match message["type"]:
-                case "http.response.start":
-                    headers = MutableHeaders(scope=message)
-                    headers["x-request-id"] = request_id
-                    sent.status = message["status"]
-                    sent.announced = int(headers.get("content-length", 0))
-                case "http.response.body":
-                    sent.counted += len(message.get("body", b""))
-                case "http.response.pathsend":
-                    sent.counted = sent.announced
+            kind = message["type"]
+            if kind == "http.response.start":
+                sent.status = message["status"]
+                headers = message["headers"]
+                sent.announced = next((int(value) for name, value in headers if name == _LENGTH_HEADER), 0)
+                # Not into the list: it may be that of other responses, too.
+                message = {**message, "headers": [*headers, (_ID_HEADER, request_id.encode())]}
+            elif kind == "http.response.body":
+                sent.counted += len(message.get("body", b""))
+            elif kind == "http.response.pathsend":
+                sent.counted = sent.announced
             await send(message)
 
+        bound = structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
-            with structlog.contextvars.bound_contextvars(request_id=request_id):
-                await self._app(scope, receive, send_counted)
+            await self._app(scope, receive, send_counted)
         finally:
+            structlog.contextvars.reset_contextvars(**bound)
             seconds = time.perf_counter() - started
             self._metrics.answered(route_of(scope), scope["method"], sent.status, seconds, sent.counted)
-            log.info(
+            self._log.info(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
@@ -81,6 +85,17 @@ class RequestLog:
                 bytes=sent.counted,
                 request_id=request_id,
             )
+
+
+def _id(scope: Scope) -> str:
+    """Give the id that a request has come with, if it is one, or a new one."""
+    for name, value in scope["headers"]:
+        if name == _ID_HEADER:
+            given: str = value.decode("latin-1")
+            if _ID.fullmatch(given):
+                return given
+            break
+    return token_hex(8)
 
 
 def route_of(scope: Scope) -> str:

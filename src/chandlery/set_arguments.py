@@ -43,7 +43,7 @@ class PinnedArguments:
             raise SourceUnavailableError(f"{kind}!{location}", f"there is no default.nix at {revision[:16]}")
         reasons = "; ".join(each for each in (stale, self.stale) if each)
         nix = {"tree": str(tree), "config": self.config, "overlays": list(self.overlays)}
-        return PinnedSource(kind, location, revision, self.variant, nix, reasons)
+        return PinnedSource(kind, location, revision, self.variant, nix, stale=reasons)
 
 
 class SetArguments:

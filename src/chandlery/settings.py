@@ -132,6 +132,7 @@ class Settings(BaseSettings):
     storage_redirects: bool = Field(True, description="clients get blobs from the bucket themselves")
     host: str = Field("127.0.0.1", description="the address to listen on")
     port: int = Field(8080, ge=1, le=65535, description="the port to listen on")
+    workers: int = Field(1, ge=1, le=64, description="processes that answer requests")
 
     source: str = Field("debian!bookworm", description="the package set, or the name of one of `sources`")
     sources: Mapping[FirstPart, SourceSettings] = Field(

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 import typer
 
-from chandlery.command_options import DataDir, SettingsFile
+from chandlery.command_options import AsJson, DataDir, SettingsFile
 from chandlery.doctor import Check, Finding, Outcome, Status, examine
 from chandlery.errors import SettingsError
 from chandlery.machine_checks import machine_checks, scratch_folder
@@ -54,8 +54,6 @@ builds_per_hour = 20
 builds_per_hour = 0
 """,
 }
-
-AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, and nothing else.")]
 
 
 def config(

@@ -1,9 +1,9 @@
 """The certificate that the server shows: a copy of the operator's files, made only of what works.
 
 The server's TLS library (rustls) takes fewer kinds of keys than OpenSSL, and a worker dies of what it can't
-read; half a certificate may stand in a file that is just being written. So each worker looks at the files now
+read; half a certificate may stand in a file that is just being written. So a worker looks at the files now
 and then. When they have changed, a process of its own tries them, with the same library; if that goes well,
-they are copied, and the server is asked by SIGHUP for a new worker. It starts beside the old one, which
+they are copied, and the server is asked by SIGHUP for new workers. Each starts beside an old one, which
 finishes what it is sending: no connection is cut. What doesn't work changes nothing but the log.
 """
 
@@ -40,6 +40,13 @@ class CertificateCopy:
         self.file = file
         self._sources = (certificate, key)
         self._refused = b""
+
+    def version(self) -> int | None:
+        """Give a number that is another one after each update; None if there is no copy."""
+        try:
+            return self.file.stat().st_ino
+        except FileNotFoundError:
+            return None
 
     def update(self) -> bool:
         """Copy the files if they have changed; tell whether they had.
@@ -82,12 +89,17 @@ class CertificateCopy:
 
 
 class CertificateWatch:
-    """Keeps a copy up to date from a worker; `asked_for_worker` says that another worker takes over."""
+    """What a worker knows of the copy that it shows; one of a server's workers keeps it up to date."""
 
     def __init__(self, copy: CertificateCopy, interval: float) -> None:
-        self.asked_for_worker = False
         self._copy = copy
         self._interval = interval
+        self._shown = copy.version()
+
+    @property
+    def has_successor(self) -> bool:
+        """Tell whether this worker shows what is outdated, so that another one takes over."""
+        return self._copy.version() != self._shown
 
     async def run(self) -> None:
         """Look at the files every `interval` seconds, for ever."""
@@ -103,8 +115,7 @@ class CertificateWatch:
                     told = str(error)
                 continue
             if changed:
-                log.info("the certificate has changed: a new worker takes over")
-                self.asked_for_worker = True
+                log.info("the certificate has changed: new workers take over")
                 os.kill(server, signal.SIGHUP)
 
 

@@ -30,9 +30,9 @@ class WatchedFolder:
         """Give the content's revision, once its tree is there. Raises `SourceUnavailableError`."""
         for _ in range(_TRIES):
             try:
-                if await asyncio.to_thread(self._path.is_file):
-                    return await self._file()
-                return await self._folder()
+                # Both at once: it is done for every pull.
+                snapshot = await asyncio.to_thread(self._look)
+                return await (self._file() if snapshot is None else self._folder(snapshot))
             except (ContentChangedError, FileNotFoundError) as error:
                 # A file that goes while the folder is looked at is a change; if the folder itself is gone, it
                 # isn't there the next time either.
@@ -43,8 +43,11 @@ class WatchedFolder:
             raise self._unavailable(changed) from changed
         raise SourceUnavailableError(self._text, f"{self._path} changed each time that it was copied")
 
-    async def _folder(self) -> Resolved:
-        snapshot = await asyncio.to_thread(self._content.snapshot)
+    def _look(self) -> Snapshot | None:
+        """Give what stands below the folder; None if it is a file."""
+        return None if self._path.is_file() else self._content.snapshot()
+
+    async def _folder(self, snapshot: Snapshot) -> Resolved:
         tree = self._trees.get(snapshot.revision)
         if tree is None:
             tree = await self._trees.make(snapshot.revision, lambda target: self._copy(snapshot, target))

@@ -1,0 +1,159 @@
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from chandlery import early_layers
+from chandlery.closure import Closure, StorePath
+from chandlery.digest import Digest
+from chandlery.early_layers import EarlyLayers
+from chandlery.layer_plan import STRATEGIES, LayerGroup, closure_of
+from chandlery.oci import OCI_LAYER, Descriptor, PackedLayer
+
+LARGE = 5 << 20
+
+
+def packed_layer(names: str) -> PackedLayer:
+    digest = Digest.of(names.encode())
+    return PackedLayer(Descriptor(OCI_LAYER, digest, len(names)), digest)
+
+
+def path(name: str) -> str:
+    return f"/nix/store/{'0' * 32}-{name}"
+
+
+def expected(there: Sequence[str]) -> tuple[Closure, frozenset[StorePath]]:
+    sizes = {"app": LARGE, "lib": 2 * LARGE, "data": 3 * LARGE, "small": 5}
+    closure = closure_of([(path(name), size if name in there else 0, []) for name, size in sizes.items()])
+    return closure, frozenset(node.path for node in closure.nodes if node.path.name in there)
+
+
+class Packer:
+    """Packs when it is let; tells what was begun, and what was stopped."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.stopped: list[str] = []
+        self.goes_on = asyncio.Event()
+
+    async def pack(self, group: LayerGroup) -> PackedLayer:
+        names = ",".join(each.name for each in group.store_paths)
+        self.begun.append(names)
+        try:
+            await self.goes_on.wait()
+        except asyncio.CancelledError:
+            self.stopped.append(names)
+            raise
+        return packed_layer(names)
+
+
+def plan(closure: Closure) -> Sequence[LayerGroup]:
+    return STRATEGIES["one-per-path"](closure, {}, 3)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_layers, "_INTERVAL", 0.001)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+class Nix:
+    """Has more and more."""
+
+    def __init__(self, *there: str) -> None:
+        self.there = list(there)
+
+    async def expected(self) -> tuple[Closure, frozenset[StorePath]] | None:
+        return expected(self.there)
+
+
+async def test_large_layers_are_packed_as_soon_as_all_of_them_is_there() -> None:
+    nix, packer = Nix("data", "small"), Packer()
+    async with EarlyLayers(plan, packer.pack) as early, early.watching(nix.expected):
+        await until(lambda: packer.begun == ["data"])
+        nix.there.append("lib")
+        await until(lambda: packer.begun == ["data", "lib"])
+        assert early.begun == 2
+
+
+async def test_what_was_packed_early_is_given_and_the_rest_is_packed_then() -> None:
+    nix, packer = Nix("data"), Packer()
+    packer.goes_on.set()
+    async with EarlyLayers(plan, packer.pack) as early:
+        async with early.watching(nix.expected):
+            await until(lambda: packer.begun == ["data"])
+        final = plan(expected(["app", "lib", "data", "small"])[0])
+        layers = [await early.layer(group) for group in final]
+    assert sorted(packer.begun) == ["app,small", "data", "lib"]
+    assert sorted(map(str, layers)) == sorted(str(packed_layer(name)) for name in packer.begun)
+    assert packer.stopped == []
+
+
+async def test_what_is_no_layer_in_the_end_is_stopped() -> None:
+    nix, packer = Nix("data"), Packer()
+    async with EarlyLayers(plan, packer.pack) as early:
+        async with early.watching(nix.expected):
+            await until(lambda: packer.begun == ["data"])
+        assert packer.stopped == []
+    assert packer.stopped == ["data"]
+
+
+async def test_nothing_is_packed_early_after_nix_has_ended() -> None:
+    nix, packer = Nix(), Packer()
+    async with EarlyLayers(plan, packer.pack) as early:
+        async with early.watching(nix.expected):
+            pass
+        nix.there.append("data")
+        await asyncio.sleep(0.05)
+    assert packer.begun == []
+
+
+async def test_an_early_layer_that_fails_fails_only_who_wants_it() -> None:
+    nix = Nix("data")
+    begun: list[LayerGroup] = []
+
+    async def fail(group: LayerGroup) -> PackedLayer:
+        begun.append(group)
+        raise ValueError("damaged")
+
+    async with EarlyLayers(plan, fail) as early:
+        async with early.watching(nix.expected):
+            await until(lambda: begun)
+            await asyncio.sleep(0.01)
+        with pytest.raises(ValueError, match="damaged"):
+            await early.layer(begun[0])
+    async with EarlyLayers(plan, fail) as early, early.watching(nix.expected):
+        await until(lambda: len(begun) == 2)
+
+
+async def test_where_nothing_can_be_told_nothing_is_packed_early() -> None:
+    asked: list[int] = []
+
+    async def nothing() -> None:
+        asked.append(1)
+
+    packer = Packer()
+    async with EarlyLayers(plan, packer.pack) as early, early.watching(nothing):
+        await until(lambda: asked)
+        await asyncio.sleep(0.02)
+    assert asked == [1]
+    assert packer.begun == []
+
+
+async def test_who_waits_for_an_early_layer_and_goes_away_stops_it() -> None:
+    nix, packer = Nix("data"), Packer()
+    async with EarlyLayers(plan, packer.pack) as early:
+        async with early.watching(nix.expected):
+            await until(lambda: packer.begun == ["data"])
+        [group] = [each for each in plan(expected(["data"])[0]) if each.nar_size]
+        waiting = asyncio.create_task(early.layer(group))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert packer.stopped == ["data"]
