@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from chandlery import logs
 def main() -> None:
     """Print a table for each."""
     logs.configure("json")
-    console = Console(highlight=False)
+    # Where nobody says how wide it is, as in a file, the tables are whole.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     # The peers that are worth the time; `python -m benchmarks.layering` has all.
     console.print(layering.table(strategies=("grouped", "one-per-path", "nixery")))
     with tempfile.TemporaryDirectory(prefix="chandlery-bench-") as temporary:
