@@ -7,6 +7,7 @@ Another image with the same packages and one more follows, to tell what sharing 
 
 import asyncio
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.packing import realised
 from chandlery.app import open_parts
-from chandlery.oci import OCI_MANIFEST
+from chandlery.oci import OCI_MANIFEST, Platform
 from chandlery.settings import Settings
 
 _SMALL = "git"
@@ -143,6 +144,11 @@ class _Server:
             time.sleep(_SAMPLING)
 
 
+def _architecture() -> str:
+    """Give the host's, as the setting takes it."""
+    return json.dumps([Platform.of_host().architecture])
+
+
 def _tree(process: int) -> Iterator[Path]:
     """Give a process and all that come of it."""
     yield Path(f"/proc/{process}")
@@ -159,8 +165,8 @@ def _server(data_dir: Path) -> Iterator[_Server]:
     with (data_dir / "bench-serve.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "chandlery", "serve", "--port", str(port), "--data-dir", str(data_dir)],
-            # Fetching the package index takes memory, too, and isn't what is measured.
-            env={**os.environ, "CHANDLERY_SOURCE_REFRESH": "86400"},
+            # Fetching a package index takes memory, too, and isn't what is measured.
+            env={**os.environ, "CHANDLERY_SOURCE_REFRESH": "86400", "CHANDLERY_PLATFORMS": _architecture()},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

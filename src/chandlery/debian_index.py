@@ -16,13 +16,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import anyio.to_process
 import msgspec
 import structlog
 
 from chandlery.data_folder import durably_replace
 from chandlery.debian_lock import DebianLock, parse_packages
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
+from chandlery.packing_processes import PackingProcesses
 
 log = structlog.get_logger()
 
@@ -204,10 +204,10 @@ class DebianIndex:
             "" if file is None else await self._apt("/usr/lib/apt/apt-helper", "cat-file", file)
             for file in found
         ]
-        # Seconds of pure computation: in a process of its own, so that a server goes on serving.
-        revision, unresolved = await anyio.to_process.run_sync(
-            keep_lock, self._folder, texts, [each.address for each in repositories]
-        )
+        # Seconds of pure computation, with half a gigabyte: in a process of its own, which ends with it.
+        async with PackingProcesses(1) as processes:
+            addresses = [each.address for each in repositories]
+            revision, unresolved = await processes.run(keep_lock, self._folder, texts, addresses)
         log.info(
             "debian index fetched",
             suite=self._suite,

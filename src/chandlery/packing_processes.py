@@ -1,4 +1,4 @@
-"""The processes that pack: few, small, never in the way of serving, and killed when nobody waits for them.
+"""The processes that pack, and compute: small, nicer than the server, killed when nobody waits for them.
 
 One is started when there is work and none is idle, and kept for what comes next.
 """
@@ -55,7 +55,7 @@ class PackingProcesses:
                 await _end(process)
                 if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
                     raise StorageError(
-                        f"a process that packs was ended by signal {-(process.returncode or 0)}: is there "
+                        f"a process that computes was ended by signal {-(process.returncode or 0)}: is there "
                         "too little memory?"
                     ) from error
                 raise
