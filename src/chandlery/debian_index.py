@@ -32,6 +32,7 @@ KEPT_LOCKS = 16
 _ALIASES = Path(__file__).parent / "nix" / "debian_aliases.json"
 _COMPONENT = "main"
 _POPULARITY = "popularity.json"
+_REVISION_LENGTH = 64
 
 # Suites that stand on another: what they lack comes from there.
 _ADDITION = re.compile(r"(.+)-(?:backports|backports-sloppy|proposed-updates)")
@@ -122,7 +123,9 @@ class DebianIndex:
         """Give the suite as it stood at a revision (or the beginning of one), if it is still kept."""
         if re.fullmatch("[0-9a-f]{12,64}", revision) is None:
             return None
-        lock = next(iter(sorted((self._folder / "locks").glob(f"{revision}*"))), None)
+        lock: Path | None = self._folder / "locks" / revision
+        if len(revision) < _REVISION_LENGTH:
+            lock = next(iter(sorted((self._folder / "locks").glob(f"{revision}*"))), None)
         # One that an older version made has no table.
         if lock is None or not (lock / _POPULARITY).exists():
             return None
