@@ -119,6 +119,28 @@ async def test_a_packer_that_is_killed_is_an_error_and_another_takes_its_place(
     assert await packers.run(os.getpid) != process
 
 
+async def test_what_a_packer_was_killed_in_is_done_once_more(
+    packers: PackingProcesses, tmp_path: Path
+) -> None:
+    process = await packers.run(os.getpid)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = asyncio.create_task(packers.run(Path.read_bytes, pipe))
+    # Each opens when a packer does.
+    with await asyncio.to_thread(pipe.open, "wb"):
+        os.kill(process, signal.SIGKILL)
+        await packers_gone(process)
+    with await asyncio.to_thread(pipe.open, "wb") as file:
+        file.write(b"read")
+    assert await reading == b"read"
+
+
+async def packers_gone(process: int) -> None:
+    async with asyncio.timeout(10):
+        while Path(f"/proc/{process}").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_one_that_died_while_it_was_idle_is_not_asked_again(packers: PackingProcesses) -> None:
     process = await packers.run(os.getpid)
     os.kill(process, signal.SIGKILL)

@@ -123,13 +123,24 @@ async def test_the_last_table_of_an_address_is_used_while_it_is_away(tmp_path: P
         await PopularityTables(tmp_path / "new").fetch(address)
 
 
-async def test_what_is_no_table_is_not_taken_for_one_and_neither_is_the_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [b"<html>", b'{"version": 9}', b""])
+async def test_an_answer_that_is_no_table_counts_as_none(tmp_path: Path, answer: bytes) -> None:
     with served(tmp_path) as address:
         (tmp_path / "table.json").write_bytes(TABLE.encode())
         await PopularityTables(tmp_path).fetch(address)
-        (tmp_path / "table.json").write_bytes(b"<html>")
-        with pytest.raises(ValueError, match="no table of popularity"):
-            await PopularityTables(tmp_path).fetch(address)
+        (tmp_path / "table.json").write_bytes(answer)
+        assert (await PopularityTables(tmp_path).fetch(address)).identity == TABLE.identity
+        with pytest.raises(ValueError, match=r"no table of popularity|its version is 9"):
+            await PopularityTables(tmp_path / "new").fetch(address)
+
+
+async def test_a_file_that_is_no_table_is_told_though_there_was_one(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    file.write_bytes(TABLE.encode())
+    await PopularityTables(tmp_path).fetch(Address.parse(str(file)))
+    file.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="no table of popularity"):
+        await PopularityTables(tmp_path).fetch(Address.parse(str(file)))
 
 
 async def test_an_endless_table_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

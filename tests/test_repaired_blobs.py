@@ -15,7 +15,7 @@ from chandlery.debian_index import DebianMirrors
 from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, BuildPendingError
 from chandlery.image_builder import BuildCapacity
-from chandlery.image_origin import BuildOptions
+from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.oci import OCI_LAYER, BuiltImage, Descriptor, ManifestFormat
 from chandlery.package_source import PackageSource, parse
 from chandlery.popularity import Popularity
@@ -141,6 +141,27 @@ async def test_however_many_ask_for_blobs_of_an_image_it_is_built_once(used: Rep
     await asyncio.gather(*(used.blobs.stat(each.digest) for each in image.descriptors for _ in range(20)))
     assert used.builds() == built + 1
     assert used.workshop.builder.queue.builds()[0].client == SELF_REPAIR
+
+
+async def test_a_blob_that_goes_after_a_build_has_seen_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is found to be damaged while another blob of its image is being made again."""
+    async with repairing(tmp_path) as repairs:
+        image = await repairs.workshop.image("hello")
+        remake, times = repairs.workshop.builder.remake, iter(range(10))
+        file = repairs.file(a_blob(image, "layer"))
+
+        async def losing(origin: ImageOrigin, client: str, timeout: float | None) -> BuiltImage:
+            made = await remake(origin, client, timeout)
+            if next(times) == 0:
+                file.unlink()
+            return made
+
+        monkeypatch.setattr(repairs.workshop.builder, "remake", losing)
+        file.unlink()
+        assert await repairs.blobs.stat(a_blob(image, "layer"))
+        assert next(times) == 2
 
 
 async def test_a_blob_that_nobody_knows_is_not_there_and_builds_nothing(used: Repairs) -> None:

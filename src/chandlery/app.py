@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
+# Seconds; granian gives up on workers that live for less than 5.5.
+_AGAIN_IN = 10.0
+
 # Revisions of the source at which images were made, and which it should keep.
 _KEPT_REVISIONS = 12
 
@@ -77,8 +80,11 @@ class Parts:
 
 
 @asynccontextmanager
-async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
-    """Open the stores and check Nix. Raises `StorageError`, `NixError` and `SettingsError`."""
+async def open_parts(settings: Settings, popularity: Popularity | None = None) -> AsyncIterator[Parts]:
+    """Open the stores and check Nix; `popularity` is what the settings name, if that was read before.
+
+    Raises `StorageError`, `NixError` and `SettingsError`.
+    """
     nix = open_nix(settings)
     with (
         open_blob_store(
@@ -91,7 +97,8 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         Leases(settings.data_dir) as leases,
     ):
         await nix.check()
-        popularity = await configured_popularity(settings)
+        if popularity is None:
+            popularity = await configured_popularity(settings)
         sources = open_sources(settings, nix)
         try:
             yield Parts(sources, nix, blobs, index, leases, popularity)
@@ -234,10 +241,13 @@ def image_builder(
     )
 
 
-def create_app(settings: Settings, shared: Path | None = None) -> Starlette:
+def create_app(
+    settings: Settings, shared: Path | None = None, popularity: Popularity | None = None
+) -> Starlette:
     """Make the application; its lifespan opens the parts, and stops what still runs in the end.
 
-    `shared` is a folder for the workers of one server alone, if it has several.
+    `shared` is a folder for the workers of one server alone, if it has several, and `popularity` is the table
+    that all of them plan with.
     """
     metrics = Metrics()
     middleware = [Middleware(RequestLog, metrics=metrics)]
@@ -249,8 +259,9 @@ def create_app(settings: Settings, shared: Path | None = None) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            parts = await stack.enter_async_context(open_parts(settings))
-            control = access_control(settings, shared)
+            async with _dying_slowly():
+                parts = await stack.enter_async_context(open_parts(settings, popularity))
+                control = access_control(settings, shared)
             if traces:
                 stack.push_async_callback(asyncio.to_thread, traces.close)
             builder = image_builder(
@@ -289,6 +300,20 @@ def create_app(settings: Settings, shared: Path | None = None) -> Starlette:
     # A redirection would repeat whatever the Host header says.
     app.router.redirect_slashes = False
     return app
+
+
+@asynccontextmanager
+async def _dying_slowly() -> AsyncIterator[None]:
+    """Let a worker that can't start say why, and wait before it dies.
+
+    Workers that die as soon as they start are taken for hopeless: the server ends, with those that are well.
+    """
+    try:
+        yield
+    except ChandleryError as error:
+        log.error("a worker can't start", reason=str(error), again_in=_AGAIN_IN)
+        await asyncio.sleep(_AGAIN_IN)
+        raise
 
 
 def _readiness(parts: Parts) -> Readiness:

@@ -13,6 +13,7 @@ newer Chandlery can share a data folder. Readers never wait for a writer (WAL); 
 the `remember_` methods belong in a thread. All methods can be called from any thread.
 """
 
+import shutil
 import sqlite3
 import threading
 import time
@@ -28,7 +29,7 @@ import structlog
 
 from chandlery.data_folder import locked
 from chandlery.digest import Digest
-from chandlery.errors import StorageError
+from chandlery.errors import StorageError, StorageFullError
 from chandlery.image_origin import ImageOrigin
 from chandlery.oci import BuiltImage, PackedLayer
 
@@ -85,6 +86,9 @@ CREATE TABLE IF NOT EXISTS resolutions (
     PRIMARY KEY (pin, attribute_path)
 ) WITHOUT ROWID, STRICT;
 """
+
+# Bytes of a disk that is as good as full.
+_LEAST_SPACE = 1 << 20
 
 # How long one process waits for another's write, in seconds.
 _BUSY_TIMEOUT = 10.0
@@ -157,6 +161,9 @@ class BuildIndex:
                 self._writer = _open_or_start_anew(path)
             self._reader = _connect(path)
         except (OSError, sqlite3.Error) as error:
+            if folder.is_dir() and shutil.disk_usage(folder).free < _LEAST_SPACE:
+                # SQLite may call it an I/O error.
+                raise StorageFullError(str(folder)) from error
             raise StorageError(f"{path} can't be opened: {error}: choose another data folder") from error
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()

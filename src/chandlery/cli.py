@@ -44,6 +44,7 @@ from chandlery.image_name import LATEST, ImageRequest
 from chandlery.nix import Nix
 from chandlery.object_store import check_storage
 from chandlery.oci import BuiltImage, ManifestFormat
+from chandlery.popularity import Popularity
 from chandlery.root_layer import RootLayerOptions
 from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings
@@ -174,7 +175,7 @@ def serve(
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     copy = certificate(settings)
-    asyncio.run(_check(settings, copy))
+    popularity = asyncio.run(_check(settings, copy))
     encrypted = copy or is_loopback(settings.host) or settings.public_url.startswith("https:")
     if settings.users_file and not encrypted:
         typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
@@ -201,7 +202,8 @@ def serve(
         shared = None
         if settings.workers > 1:
             shared = stack.enter_context(TemporaryFolder(settings.data_dir / "tmp")).path
-        server.serve(target_loader=partial(_load, settings, os.getpid(), shared), wrap_loader=False)
+        load = partial(_load, settings, os.getpid(), shared, popularity)
+        server.serve(target_loader=load, wrap_loader=False)
 
 
 @app.command()
@@ -391,18 +393,21 @@ async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
     return await nix.add(path, roots)
 
 
-def _load(settings: Settings, server: int, shared: Path | None) -> Starlette:
-    """Make the application in a worker of the server; `shared` is a folder for its workers alone."""
+def _load(settings: Settings, server: int, shared: Path | None, popularity: Popularity) -> Starlette:
+    """Make the application in a worker of the server; see `create_app`."""
     # A worker whose server was killed would keep the port: it is to go too (prctl(2)).
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != server:
         raise SystemExit(1)
     logs.configure(settings.log_format)
-    return create_app(settings, shared)
+    return create_app(settings, shared, popularity)
 
 
-async def _check(settings: Settings, copy: CertificateCopy | None) -> None:
-    """Try all that can be tried before the first request; what takes longest comes last."""
+async def _check(settings: Settings, copy: CertificateCopy | None) -> Popularity:
+    """Try all that can be tried before the first request; what takes longest comes last.
+
+    Gives the table of popularity: whenever they start, workers of one server have the same.
+    """
     if settings.storage:
         await check_storage(settings.storage, settings.data_dir, settings.storage_options)
     async with open_parts(settings) as parts:
@@ -411,6 +416,7 @@ async def _check(settings: Settings, copy: CertificateCopy | None) -> None:
             await asyncio.to_thread(copy.update)
         await parts.nix.check_build()
         await parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0])
+        return parts.popularity
 
 
 def _check_address(settings: Settings) -> None:

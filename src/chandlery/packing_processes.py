@@ -13,15 +13,27 @@ from contextlib import suppress
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
+import structlog
+
 from chandlery import background
 from chandlery.errors import StorageError
 from chandlery.packer import ANSWER
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 # What packers allocate is blocks, over and over: they keep the memory of those that are free (mallopt(3)).
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)}
+
+
+class _EndedError(Exception):
+    """A process was ended by a signal of this number while it worked."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class PackingProcesses:
@@ -43,27 +55,39 @@ class PackingProcesses:
     async def run(self, function: Callable[P, T], *arguments: P.args, **_: P.kwargs) -> T:
         """Call a function of a module in one of the processes, in the order in which calls come.
 
-        Function, arguments and what it gives are pickled. Raises what it raises, and `StorageError` if its
-        process is killed; if it is cancelled, the process is killed.
+        Function, arguments and what it gives are pickled. If its process is killed, it is called once more,
+        in another. Raises what it raises, and `StorageError` if that is killed too; if it is cancelled, the
+        process is killed.
         """
         request = pickle.dumps((function, arguments))
         async with self._turns:
-            process = await self._process()
             try:
-                raised, pickled = await _ask(process, request)
-            except BaseException as error:
-                await _end(process)
-                if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
+                raised, pickled = await self._ask(request)
+            except _EndedError as error:
+                # Whoever looks for memory ends one, and that may have been enough.
+                log.warning("a packing process was ended", signal=error.number)
+                try:
+                    raised, pickled = await self._ask(request)
+                except _EndedError as again:
                     raise StorageError(
-                        f"a process that computes was ended by signal {-(process.returncode or 0)}: is there "
-                        "too little memory?"
-                    ) from error
-                raise
-            self._idle.append(process)
+                        f"packing processes were ended by signal {again.number}: is there too little memory?"
+                    ) from again
         answer: T = pickle.loads(pickled)  # noqa: S301
         if raised:
             assert isinstance(answer, Exception)  # noqa: S101
             raise answer
+        return answer
+
+    async def _ask(self, request: bytes) -> tuple[bool, bytes]:
+        process = await self._process()
+        try:
+            answer = await _ask(process, request)
+        except BaseException as error:
+            await _end(process)
+            if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
+                raise _EndedError(-(process.returncode or 0)) from error
+            raise
+        self._idle.append(process)
         return answer
 
     async def _process(self) -> asyncio.subprocess.Process:

@@ -61,21 +61,24 @@ class PopularityTables:
     async def fetch(self, address: Address) -> Popularity:
         """Give the table that is at an address now, or else the one that was there last.
 
-        Raises `DownloadFailedError`, and `ValueError` if what is there is no table.
+        Raises `DownloadFailedError`, and `ValueError` if what is there is no table and there never was one. A
+        file is the operator's own, and is told to be wrong.
         """
         # Beside it, as two addresses may have the same table.
         last = self._folder / f"{hashlib.sha256(str(address).encode()).hexdigest()[:16]}.last"
         limits = DownloadLimits(total=120.0, pauses=(1.0,))
         try:
             content = await retried(lambda: fetch(address, _read, limits), limits.pauses)
-        except DownloadFailedError as error:
+            table = await asyncio.to_thread(Popularity.parse, content)
+        except (DownloadFailedError, ValueError) as error:
+            if address.file and isinstance(error, ValueError):
+                raise
             try:
                 table = await asyncio.to_thread(lambda: self.table(last.read_text()))
             except (OSError, KeyError):
                 raise error from None
             log.warning("the last table of popularity is used", reason=str(error), identity=table.identity)
             return table
-        table = await asyncio.to_thread(Popularity.parse, content)
 
         def remember() -> None:
             self.keep(table)

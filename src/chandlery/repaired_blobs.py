@@ -22,6 +22,7 @@ from chandlery.byte_range import ByteRange
 from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, ChandleryError, StorageError, TryAgainError
 from chandlery.image_builder import ImageBuilder
+from chandlery.image_origin import ImageOrigin
 from chandlery.leases import Lease
 from chandlery.oci import OCI_INDEX
 
@@ -29,6 +30,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # How many images are tried that need the same blob.
 _ORIGINS = 3
+# How often an image is made again for one blob.
+_ATTEMPTS = 3
 
 # Seconds for which a blob of no kept image is leased when it is asked for; the server opens it at once.
 _OPENING = 60.0
@@ -94,15 +97,13 @@ class RepairedBlobs:
         deadline = None if timeout is None else time.monotonic() + timeout
         reasons = []
         for origin in await asyncio.to_thread(self._index.origins, digest, _ORIGINS):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                await self._builder.remake(origin, SELF_REPAIR, left)
+                info = await self._made_again(digest, origin, deadline)
             except (TryAgainError, StorageError):
                 raise
             except ChandleryError as error:
                 reasons.append(str(error))
                 continue
-            info = await self._blobs.stat(digest)
             if info is not None:
                 log.info("blob made again", digest=str(digest), bytes=info.size, image=origin.title)
                 return info
@@ -110,6 +111,19 @@ class RepairedBlobs:
         reason = "; ".join(dict.fromkeys(reasons)) or "no image is known that needs it"
         log.error("a blob can't be made again", digest=str(digest), reason=reason)
         raise BlobNotFoundError(str(digest), reason)
+
+    async def _made_again(
+        self, digest: Digest, origin: ImageOrigin, deadline: float | None
+    ) -> BlobInfo | None:
+        """Make an image again; give what is known of a blob of it, None if it isn't one of its blobs now."""
+        for _ in range(_ATTEMPTS):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            image = await self._builder.remake(origin, SELF_REPAIR, left)
+            info = await self._blobs.stat(digest)
+            if info is not None or digest not in {each.digest for each in image.descriptors}:
+                return info
+            # A build that was under way had seen the blob before it was found to be damaged.
+        return None
 
     async def discard(self, digest: Digest, reason: str) -> None:
         """Remove a damaged blob, so that it is made again."""

@@ -133,3 +133,45 @@ async def test_what_a_killed_worker_was_building_is_built_though_nobody_waits(
     gates.open("waiting-a")
     await until(lambda: "build finished" in server.log.read_text())
     await until(lambda: not list(tmp_path.glob("data/builds/*.unfinished")))
+
+
+def killed(server: RunningServer) -> int:
+    """Kill a worker; give its number."""
+    worker = min(workers(server))
+    os.kill(worker, signal.SIGKILL)
+    return worker
+
+
+async def test_a_worker_that_starts_later_plans_as_the_others_do(tmp_path: Path, gates: Gates) -> None:
+    table = tmp_path / "popularity.json"
+    table.write_text('{"part-1": 5}')
+    variables = {**WORKERS, "CHANDLERY_POPULARITY": str(table)}
+    with serving(tmp_path / "data", SOURCE, tmp_path / "log", variables=variables) as server:
+        path = "/v2/assembly/manifests/latest"
+        digest = server.get(path).headers["docker-content-digest"]
+        table.write_text('{"part-2": 5}')
+        gone = killed(server)
+        await until(lambda: gone not in workers(server) and len(workers(server)) == 2)
+        await until(server.answers)
+        assert {server.get(path).headers["docker-content-digest"] for _ in range(16)} == {digest}
+
+
+async def test_a_worker_that_can_not_start_ends_no_other(tmp_path: Path, gates: Gates) -> None:
+    users = tmp_path / "users"
+    # The password of nobody.
+    users.write_text(f"nobody:$2y$04${'.' * 53}\n")
+    variables = {**WORKERS, "CHANDLERY_USERS_FILE": str(users), "CHANDLERY_ANONYMOUS": "read"}
+    variables["CHANDLERY_PUBLIC_URL"] = "http://127.0.0.1"
+    log = tmp_path / "log"
+    with serving(tmp_path / "data", SOURCE, log, variables=variables) as server:
+        # Both have started: each has told the other what it does.
+        await until(lambda: len(list(tmp_path.glob("data/tmp/*/*.report"))) == 2)
+        users.rename(tmp_path / "away")
+        gone = killed(server)
+        await until(lambda: "a worker can't start" in log.read_text())
+        assert str(users) in log.read_text()
+        first = workers(server)
+        assert gone not in first
+        # When it has died another one starts; meanwhile connections that it had may be lost.
+        await until(lambda: len(workers(server) | first) == 3)
+        await until(server.answers)
