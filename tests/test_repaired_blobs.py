@@ -164,6 +164,27 @@ async def test_a_blob_that_goes_after_a_build_has_seen_it_is_made_again(
         assert next(times) == 2
 
 
+async def test_a_blob_in_doubt_that_goes_while_it_is_checked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the check after a crash finds it to be damaged at the same time."""
+    async with repairing(tmp_path) as repairs:
+        digest = a_blob(await repairs.workshop.image("hello"), "layer")
+        repairs.blobs.in_doubt.add(digest)
+        stat = repairs.workshop.blobs.stat
+
+        async def losing(asked: Digest) -> BlobInfo | None:
+            info = await stat(asked)
+            if asked == digest:
+                monkeypatch.setattr(repairs.workshop.blobs, "stat", stat)
+                repairs.file(digest).unlink()
+            return info
+
+        monkeypatch.setattr(repairs.workshop.blobs, "stat", losing)
+        assert await repairs.blobs.stat(digest)
+        assert Digest.of_file(repairs.file(digest)) == digest
+
+
 async def test_a_blob_that_nobody_knows_is_not_there_and_builds_nothing(used: Repairs) -> None:
     built = used.builds()
     assert await used.blobs.stat(Digest.of(b"never put")) is None

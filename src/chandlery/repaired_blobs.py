@@ -156,7 +156,12 @@ class RepairedBlobs:
             await self.discard(digest, f"it has {info.size} bytes, and should have {recorded.size}")
             return None
         if digest in self.in_doubt:
-            if not await is_intact(self._blobs, digest):
+            try:
+                intact = await is_intact(self._blobs, digest)
+            except BlobNotFoundError:
+                # Whoever else looks at what is in doubt has found it to be damaged.
+                return None
+            if not intact:
                 await self.discard(digest, "it lacks its digest after a crash")
                 return None
             self.in_doubt.discard(digest)
