@@ -8,17 +8,12 @@ Another image with the same packages and one more follows, to tell what sharing 
 import asyncio
 import http.client
 import json
-import os
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +21,7 @@ import httpx
 from rich.table import Table
 
 from benchmarks.packing import realised
+from benchmarks.servers import LIMIT, RunningServer, running
 from chandlery.app import open_parts
 from chandlery.oci import OCI_MANIFEST, Platform
 from chandlery.settings import Settings
@@ -36,7 +32,6 @@ _LARGE = ("libreoffice", "texlive-latex-extra", "gimp", "openjdk-17-jdk-headless
 # What the second large image has besides.
 _MORE = "nodejs"
 
-_LIMIT = 120.0  # seconds for what takes a few
 _INTERVAL = 0.002  # seconds between requests
 _QUIET_REQUESTS = 2000
 _SAMPLING = 0.2  # seconds between looks at the memory
@@ -49,7 +44,19 @@ def table(data_dir: Path) -> Table:
         file.unlink()
     shutil.rmtree(data_dir / "blobs", ignore_errors=True)
     large, second = "/".join(_LARGE), "/".join((*_LARGE, _MORE))
-    with _server(data_dir) as server:
+    serving = running(
+        "Chandlery",
+        (sys.executable, "-m", "chandlery", "serve"),
+        lambda port: ("--port", str(port), "--data-dir", str(data_dir)),
+        data_dir,
+        # Fetching a package index takes memory, too, and isn't what is measured.
+        {
+            "CHANDLERY_SOURCE_REFRESH": "86400",
+            "CHANDLERY_PLATFORMS": json.dumps([Platform.of_host().architecture]),
+        },
+    )
+    with serving as running_server:
+        server = _Measured(running_server)
         server.pull(_SMALL)
         quiet = server.ask(lambda number: number < _QUIET_REQUESTS)
         pull = threading.Thread(target=server.pull, args=(large,))
@@ -96,11 +103,10 @@ def _percentile(times: Sequence[float], percent: int) -> float:
 
 
 @dataclass
-class _Server:
+class _Measured:
     """A running server; `pss` and `rss` are the most bytes that were seen, `pulls` the seconds by name."""
 
-    port: int
-    process: "subprocess.Popen[bytes]"
+    server: RunningServer
     pss: int = 0
     rss: int = 0
     pulls: dict[str, float] = field(default_factory=dict)
@@ -108,15 +114,15 @@ class _Server:
     def pull(self, name: str) -> None:
         """Ask for a manifest until it is there."""
         began = time.perf_counter()
-        url = f"http://127.0.0.1:{self.port}/v2/{name}/manifests/latest"
-        with httpx.Client(timeout=_LIMIT, follow_redirects=True) as client:
+        url = f"{self.server.url}/v2/{name}/manifests/latest"
+        with httpx.Client(timeout=LIMIT, follow_redirects=True) as client:
             client.get(url, headers={"accept": OCI_MANIFEST}).raise_for_status()
         self.pulls[name] = time.perf_counter() - began
 
     def ask(self, goes_on: Callable[[int], bool]) -> list[float]:
         """Ask for the small image's manifest as long as that is wanted; give the seconds of each answer."""
         times: list[float] = []
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_LIMIT)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=LIMIT)
         while goes_on(len(times)):
             began = time.perf_counter()
             connection.request("GET", f"/v2/{_SMALL}/manifests/latest", headers={"Accept": OCI_MANIFEST})
@@ -129,63 +135,8 @@ class _Server:
         return times
 
     def sample(self, pull: threading.Thread) -> None:
-        """Look at the memory of all processes but Nix's while an image is pulled (proc(5), smaps_rollup)."""
+        """Look at the memory of all its processes while an image is pulled."""
         while pull.is_alive():
-            pss = rss = 0
-            for process in _tree(self.process.pid):
-                with suppress(OSError):
-                    if (process / "comm").read_text().startswith("nix"):
-                        continue
-                    lines = (process / "smaps_rollup").read_text().splitlines()[1:]
-                    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-                    pss += kilobytes["Pss"] << 10
-                    rss += kilobytes["Rss"] << 10
+            pss, rss = self.server.memory()
             self.pss, self.rss = max(self.pss, pss), max(self.rss, rss)
             time.sleep(_SAMPLING)
-
-
-def _architecture() -> str:
-    """Give the host's, as the setting takes it."""
-    return json.dumps([Platform.of_host().architecture])
-
-
-def _tree(process: int) -> Iterator[Path]:
-    """Give a process and all that come of it."""
-    yield Path(f"/proc/{process}")
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in children.read_text().split():
-                yield from _tree(int(child))
-
-
-@contextmanager
-def _server(data_dir: Path) -> Iterator[_Server]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    with (data_dir / "bench-serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "chandlery", "serve", "--port", str(port), "--data-dir", str(data_dir)],
-            # Fetching a package index takes memory, too, and isn't what is measured.
-            env={**os.environ, "CHANDLERY_SOURCE_REFRESH": "86400", "CHANDLERY_PLATFORMS": _architecture()},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + _LIMIT
-        while not _answers(port):
-            assert process.poll() is None, Path(log.name).read_text()
-            assert time.monotonic() < deadline, "the server doesn't answer"
-            time.sleep(0.05)
-        yield _Server(port, process)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def _answers(port: int) -> bool:
-    with suppress(httpx.TransportError):
-        return bool(httpx.get(f"http://127.0.0.1:{port}/v2/").status_code)
-    return False

@@ -8,15 +8,14 @@ bytes, so that it isn't what is measured.
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +24,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.servers import LIMIT, RunningServer, running
 from chandlery.digest import Digest
 from chandlery.nix_configuration import host_paths
 from chandlery.oci import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST
 
 _SOURCE = Path(__file__).parent / "serving_set"
-_LIMIT = 60.0  # seconds for what takes a few
 
 _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST, "*/*"))
 _CONNECTIONS = 32
@@ -86,43 +85,13 @@ class _Image:
         return f"/v2/{self.name}/blobs/{self.layer.digest}"
 
 
-@dataclass(frozen=True)
-class _Server:
-    """A running server, whose processes are a session of their own."""
-
-    name: str
-    port: int
-    process: "subprocess.Popen[bytes]"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def cpu_seconds(self) -> float:
-        """Give what its processes have used so far."""
-        ticks = sum(int(fields[11]) + int(fields[12]) for _, fields in self._processes())
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def memory(self) -> int:
-        """Give the bytes that its processes have in memory (RSS)."""
-        return sum(int(fields[21]) for _, fields in self._processes()) * os.sysconf("SC_PAGE_SIZE")
-
-    def _processes(self) -> Iterator[tuple[Path, list[str]]]:
-        """Give the fields of /proc/<pid>/stat from the third on (proc(5))."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid:
-                    yield folder, fields
-
-
 def tables(folder: Path) -> list[Table]:
     """Measure manifests, then blobs; everything is made in `folder`, which is needed no more afterwards."""
     with ExitStack() as stack:
         data = folder / "data"
         variables = {"CHANDLERY_SUBSTITUTERS": "[]", "CHANDLERY_HOST_PATHS": ",".join(host_paths())}
         ours = stack.enter_context(
-            _running(
+            running(
                 "Chandlery",
                 (sys.executable, "-m", "chandlery", "serve", "--source", f"path!{_SOURCE}"),
                 lambda port: ("--port", str(port), "--data-dir", str(data)),
@@ -144,7 +113,7 @@ def tables(folder: Path) -> list[Table]:
         return [_manifests(servers, images[:2]), _blobs(servers, *images[2:])]
 
 
-def _manifests(servers: Sequence[_Server], images: Sequence[_Image]) -> Table:
+def _manifests(servers: Sequence[RunningServer], images: Sequence[_Image]) -> Table:
     table = Table(
         *(
             "manifest",
@@ -179,7 +148,7 @@ def _manifests(servers: Sequence[_Server], images: Sequence[_Image]) -> Table:
     return table
 
 
-def _blobs(servers: Sequence[_Server], blob: _Image, large: _Image) -> Table:
+def _blobs(servers: Sequence[RunningServer], blob: _Image, large: _Image) -> Table:
     table = Table(
         *("blob", "server", "MB/s", "CPU s/GB", "RSS grows by MB"),
         title=f"blobs, {_BLOB_CONNECTIONS} connections; of 1 GB one",
@@ -215,7 +184,7 @@ def _milliseconds(text: str) -> float:
 
 
 def _download(
-    server: _Server, path: str, size: int, connections: int, headers: str
+    server: RunningServer, path: str, size: int, connections: int, headers: str
 ) -> tuple[float, float, int]:
     """Give bytes per second, the server's CPU seconds per GB, and by how many bytes it grew at most.
 
@@ -225,20 +194,20 @@ def _download(
     done: list[int] = []
 
     def client() -> None:
-        with socket.create_connection(("127.0.0.1", server.port), _LIMIT) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
             while not done or time.perf_counter() < deadline:
                 request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n"
                 connection.sendall(request.encode())
                 assert _drop_response(connection) == size
                 done.append(size)
 
-    before, cpu = server.memory(), server.cpu_seconds()
+    before, cpu = server.memory()[1], server.cpu_seconds()
     most, began = before, time.perf_counter()
     threads = [threading.Thread(target=client) for _ in range(connections)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        most = max(most, server.memory())
+        most = max(most, server.memory()[1])
         time.sleep(0.05)
     seconds = time.perf_counter() - began
     cpu = server.cpu_seconds() - cpu
@@ -263,9 +232,9 @@ def _drop_response(connection: socket.socket) -> int:
     return size
 
 
-def _pulled(server: _Server, name: str) -> _Image:
+def _pulled(server: RunningServer, name: str) -> _Image:
     """Have an image built."""
-    with httpx.Client(base_url=server.url, timeout=_LIMIT, follow_redirects=True) as client:
+    with httpx.Client(base_url=server.url, timeout=LIMIT, follow_redirects=True) as client:
         response = client.get(f"/v2/{name}/manifests/latest", headers={"accept": _ACCEPT})
     document = msgspec.json.decode(response.raise_for_status().content, type=_Manifest)
     blobs = (document.config, *document.layers)
@@ -313,19 +282,19 @@ def _write(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _docker_registry(root: Path, folder: Path) -> Iterator[_Server]:
+def _docker_registry(root: Path, folder: Path) -> Iterator[RunningServer]:
     configuration = folder / "docker-registry.yml"
 
     def arguments(port: int) -> Sequence[str]:
         configuration.write_text(_DOCKER_REGISTRY.format(root=root, port=port))
         return "serve", str(configuration)
 
-    with _running("docker-registry", (_program("docker-registry"),), arguments, folder) as server:
+    with running("docker-registry", (_program("docker-registry"),), arguments, folder) as server:
         yield server
 
 
 @contextmanager
-def _nginx(root: Path, folder: Path) -> Iterator[_Server]:
+def _nginx(root: Path, folder: Path) -> Iterator[RunningServer]:
     configuration = folder / "nginx.conf"
 
     def arguments(port: int) -> Sequence[str]:
@@ -333,7 +302,7 @@ def _nginx(root: Path, folder: Path) -> Iterator[_Server]:
         configuration.write_text(_NGINX.format(folder=folder, root=root, port=port, user=user))
         return "-p", str(folder), "-c", str(configuration)
 
-    with _running("nginx", (_program("nginx"),), arguments, folder) as server:
+    with running("nginx", (_program("nginx"),), arguments, folder) as server:
         yield server
 
 
@@ -342,47 +311,6 @@ def _program(name: str) -> str:
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     assert found, f"{name} is missing: scripts/setup develop installs it"
     return found
-
-
-@contextmanager
-def _running(
-    name: str,
-    command: Sequence[str],
-    arguments: Callable[[int], Sequence[str]],
-    folder: Path,
-    variables: dict[str, str] | None = None,
-) -> Iterator[_Server]:
-    """Start a server at a port that is free, its log in a file, and wait until it answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("CHANDLERY_")}
-    with (folder / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, *arguments(port)],
-            env={**inherited, **(variables or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    server = _Server(name, port, process)
-    try:
-        deadline = time.monotonic() + _LIMIT
-        while not _answers(server):
-            assert process.poll() is None, Path(log.name).read_text()
-            assert time.monotonic() < deadline, f"{name} doesn't answer"
-            time.sleep(0.05)
-        yield server
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def _answers(server: _Server) -> bool:
-    with suppress(httpx.TransportError):
-        return bool(httpx.get(f"{server.url}/v2/").status_code)
-    return False
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ LAYERS = (
     "early_layers",
     "build_queue build_index package_resolver popularity_tables",
     "unfinished_builds",
-    "build_claims failed_builds",
+    "build build_claims failed_builds",
     "image_origin leases root_layer",
     "nix",
     "nix_database nix_evaluation store_gate layer_archive root_filesystem store_reader blob_store "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.build_claims import BuildClaims
+from chandlery.data_folder import try_lock
 
 CLAIM_AND_WAIT = """
 import sys, time
@@ -41,6 +42,26 @@ def test_a_key_is_claimed_once_and_again_when_it_was_given_back(tmp_path: Path, 
     assert claims.holder("git") == "build-2"
     again.give_back()
     assert not list(tmp_path.glob("*.building"))
+
+
+def test_a_key_that_is_given_back_while_it_is_claimed_is_claimed_once(
+    tmp_path: Path, claims: BuildClaims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gives it back removes the file, which another one has opened by then, and locks in vain."""
+    before = claims.claim("git", "build-1")
+    assert before
+
+    def lock_a_moment_later(descriptor: int) -> bool:
+        monkeypatch.undo()
+        before.give_back()
+        return try_lock(descriptor)
+
+    monkeypatch.setattr("chandlery.build_claims.try_lock", lock_a_moment_later)
+    now = BuildClaims(tmp_path, 2).claim("git", "build-2")
+    assert now
+    assert claims.claim("git", "build-3") is None
+    assert claims.holder("git") == "build-2"
+    now.give_back()
 
 
 def test_there_are_as_many_slots_as_may_be_taken_at_once_over_all(

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chandlery import build_index
 from chandlery.build_index import SCHEMA_VERSION, BuildIndex
 from chandlery.data_folder import locked
 from chandlery.digest import Digest
-from chandlery.errors import StorageError
+from chandlery.errors import StorageError, StorageFullError
 from chandlery.image_name import ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.oci import (
@@ -429,3 +430,14 @@ def test_processes_that_start_at_once_share_an_index(tmp_path: Path) -> None:
     wanted = [f"{name} {number}" for name in "abcd" for number in range(20)]
     with BuildIndex(tmp_path) as index:
         assert sorted(index.resolutions("pin", wanted)) == sorted(wanted)
+
+
+def test_that_it_can_not_be_opened_on_a_full_disk_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(StorageError, match="choose another data folder"):
+        BuildIndex(tmp_path)
+    monkeypatch.setattr(build_index, "is_full", lambda _: True)
+    with pytest.raises(StorageFullError):
+        BuildIndex(tmp_path)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build_queue import SELF_REPAIR, TAKEN_OVER, Build, BuildQueue, BuildState, QueueLimits
+from chandlery.build import Build, BuildState
+from chandlery.build_queue import SELF_REPAIR, TAKEN_OVER, BuildQueue, QueueLimits
 from chandlery.digest import Digest
 from chandlery.errors import (
     BuildError,
@@ -405,6 +406,22 @@ async def test_what_another_process_builds_is_awaited_without_a_turn() -> None:
         assert await asyncio.gather(*tasks) == [IMAGE] * 2
         assert second.builds() == []
     assert gate.begun == ["git"]
+
+
+async def test_what_another_process_has_built_is_given_though_no_build_may_run_here() -> None:
+    git, jq, image = Gate(), Gate(), Image()
+    async with two_queues(QueueLimits(running=1)) as (first, second):
+        tasks = [ask_and_look(first, "git", git, image), ask(first, "jq", jq)]
+        await until(lambda: bool(git.begun))
+        waiting = ask_and_look(second, "git", git, image)
+        await asyncio.sleep(0)
+        image.made = IMAGE
+        git.open.set()
+        async with asyncio.timeout(5):
+            assert await waiting == IMAGE
+        assert (jq.begun, tasks[1].done()) == (["jq"], False)
+        jq.open.set()
+        await asyncio.gather(*tasks)
 
 
 async def test_what_another_process_gives_up_is_built_by_the_one_that_waits() -> None:

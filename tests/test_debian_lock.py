@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chandlery import debian_lock
 from chandlery.debian_lock import DebianLock, Package, Relation, Unit, parse_packages, parse_relations
+from chandlery.package_groups import MEASURE_VERSION
 
 
 def package(
@@ -453,3 +455,10 @@ def test_popularity_counts_units_and_knows_what_every_image_and_every_shell_has(
     assert popularity.groups["gui"] == popularity.groups["gui-data"] != popularity.groups.get("libc")
     assert popularity.groups["openssl"] == popularity.groups["ca-certificates"]
     assert lock.popularity().identity == popularity.identity
+
+
+def test_another_way_to_measure_popularity_is_another_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_of(package("a"))
+    before = lock.revision()
+    monkeypatch.setattr(debian_lock, "MEASURE_VERSION", MEASURE_VERSION + 1)
+    assert lock.revision() != before

@@ -7,7 +7,7 @@ from chandlery import early_layers
 from chandlery.closure import Closure, StorePath
 from chandlery.digest import Digest
 from chandlery.early_layers import EarlyLayers
-from chandlery.layer_plan import STRATEGIES, LayerGroup, closure_of
+from chandlery.layer_plan import STRATEGIES, LayerGroup, Popularity, closure_of
 from chandlery.oci import OCI_LAYER, Descriptor, PackedLayer
 
 LARGE = 5 << 20
@@ -79,6 +79,20 @@ async def test_large_layers_are_packed_as_soon_as_all_of_them_is_there() -> None
         nix.there.append("lib")
         await until(lambda: packer.begun == ["data", "lib"])
         assert early.begun == 2
+
+
+async def test_a_layer_of_which_something_is_missing_is_not_packed_early() -> None:
+    together = Popularity({"app": 1, "small": 1}, {"app": "app", "small": "app"})
+    nix, packer = Nix("app"), Packer()
+
+    def grouped(closure: Closure) -> Sequence[LayerGroup]:
+        return STRATEGIES["grouped"](closure, together, 94)
+
+    async with EarlyLayers(grouped, packer.pack) as early, early.watching(nix.expected):
+        nix.there.append("data")
+        await until(lambda: packer.begun == ["data"])
+        nix.there.append("small")
+        await until(lambda: packer.begun == ["data", "app,small"])
 
 
 async def test_what_was_packed_early_is_given_and_the_rest_is_packed_then() -> None:

@@ -155,3 +155,16 @@ def test_status_of_a_folder_that_is_not_there_makes_none(tmp_path: Path) -> None
     told = nowhere.run("status", "--json")
     assert (told.returncode, json.loads(told.stdout)["exists"]) == (0, False)
     assert not nowhere.path.exists()
+
+
+def test_status_says_what_it_can_not_read(folder: DataFolder, tmp_path: Path) -> None:
+    copy = DataFolder(tmp_path / "copy")
+    copy.path.mkdir()
+    index = next(folder.path.glob("build-index-*.sqlite")).name
+    (copy.path / index).write_bytes(b"no database" * 1000)
+    assert "images: not counted, since the build index can't be read" in copy.run("status").stdout
+    assert json.loads(copy.run("status", "--json").stdout)["counts"] is None
+
+    told = DataFolder(copy.path / index).run("status")
+    assert told.returncode == 1
+    assert f"{index} is no folder" in told.stderr

@@ -12,7 +12,8 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from chandlery import monitoring, registry_api
-from chandlery.build_queue import Build, BuildQueue, QueueLimits
+from chandlery.build import Build
+from chandlery.build_queue import BuildQueue, QueueLimits
 from chandlery.build_timings import Work
 from chandlery.client_address import parse_networks
 from chandlery.digest import Digest

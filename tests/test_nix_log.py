@@ -96,8 +96,8 @@ def test_what_is_no_event_is_text(text: str) -> None:
         {"action": ["start"]},
     ],
 )
-def test_events_of_another_shape_do_no_harm(event: dict[str, object]) -> None:
-    read(line(**event))
+def test_events_of_another_shape_say_nothing(event: dict[str, object]) -> None:
+    assert read(line(**event) + stop(1)) == ("", [])
 
 
 @given(st.text())

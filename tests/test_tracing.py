@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from chandlery.build_queue import Build, BuildQueue, QueueLimits
+from chandlery.build import Build
+from chandlery.build_queue import BuildQueue, QueueLimits
 from chandlery.digest import Digest
 from chandlery.errors import BuildError
 from chandlery.oci import BuiltImage, Descriptor

@@ -12,7 +12,6 @@ import layers
 from chandlery import image_name
 from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
-from chandlery.build_timings import Timings
 from chandlery.closure import Closure, StorePath
 from chandlery.debian_index import DebianMirrors
 from chandlery.digest import Digest
@@ -49,20 +48,12 @@ class WatchedNix(Nix):
         self.evaluated += attribute_paths
         return await super().resolve(source, system, attribute_paths)
 
-    async def realise(
-        self,
-        derivations: Sequence[str],
-        roots: Path,
-        build_log: Path,
-        *,
-        own: bool = True,
-        timings: Timings | None = None,
-    ) -> None:
+    async def realise(self, derivations: Sequence[str], *arguments: Any, **options: Any) -> None:
         self.realised.append(derivations)
         self.running += 1
         self.most_at_once = max(self.most_at_once, self.running)
         try:
-            await super().realise(derivations, roots, build_log, own=own, timings=timings)
+            await super().realise(derivations, *arguments, **options)
         finally:
             self.running -= 1
 

@@ -262,38 +262,38 @@ def create_app(
             async with _dying_slowly():
                 parts = await stack.enter_async_context(open_parts(settings, popularity))
                 control = access_control(settings, shared)
-            if traces:
-                stack.push_async_callback(asyncio.to_thread, traces.close)
-            builder = image_builder(
-                settings, parts, control=control, metrics=metrics, workers=settings.workers
-            )
-            reports = None
-            if shared:
-                reports = WorkerReports(shared, lambda: monitoring.report(metrics, builder.queue))
-                stack.callback(reports.publish)
-            await stack.enter_async_context(builder)
-            if traces:
-                builder.queue.observers.append(traces.built)
-            proxies = parse_networks(settings.trusted_proxies)
-            access = Access(WaitPolicy(settings.hold, settings.redirections), proxies, control)
-            blobs = await stack.enter_async_context(
-                maintained(settings, parts.blobs, parts.index, parts.leases, parts.nix, builder)
-            )
-            app.router.routes.extend(routes(builder, blobs, vocabulary(settings), access))
-            monitoring.count(metrics, builder.queue, settings.data_dir)
-            watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
-            pages = monitoring.routes(metrics, _readiness(parts), builder.queue, watchers, reports)
-            app.router.routes.extend(pages)
-            await stack.enter_async_context(in_background(lambda: _keep(parts)))
-            works: list[Work] = [lambda: _refresh(parts)]
-            copy = certificate(settings)
-            watch = CertificateWatch(copy, settings.tls_refresh) if copy else None
-            if watch:
-                works.append(watch.run)
-            _stop_at_sigterm(builder.queue, watch)
-            await stack.enter_async_context(by_one(shared and shared / "duties.lock", works))
-            if reports:
-                await stack.enter_async_context(in_background(reports.publish_always))
+                if traces:
+                    stack.push_async_callback(asyncio.to_thread, traces.close)
+                builder = image_builder(
+                    settings, parts, control=control, metrics=metrics, workers=settings.workers
+                )
+                reports = None
+                if shared:
+                    reports = WorkerReports(shared, lambda: monitoring.report(metrics, builder.queue))
+                    stack.callback(reports.publish)
+                await stack.enter_async_context(builder)
+                if traces:
+                    builder.queue.observers.append(traces.built)
+                proxies = parse_networks(settings.trusted_proxies)
+                access = Access(WaitPolicy(settings.hold, settings.redirections), proxies, control)
+                blobs = await stack.enter_async_context(
+                    maintained(settings, parts.blobs, parts.index, parts.leases, parts.nix, builder)
+                )
+                app.router.routes.extend(routes(builder, blobs, vocabulary(settings), access))
+                monitoring.count(metrics, builder.queue, settings.data_dir)
+                watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
+                pages = monitoring.routes(metrics, _readiness(parts), builder.queue, watchers, reports)
+                app.router.routes.extend(pages)
+                await stack.enter_async_context(in_background(lambda: _keep(parts)))
+                works: list[Work] = [lambda: _refresh(parts)]
+                copy = certificate(settings)
+                watch = CertificateWatch(copy, settings.tls_refresh) if copy else None
+                if watch:
+                    works.append(watch.run)
+                _stop_at_sigterm(builder.queue, watch)
+                await stack.enter_async_context(by_one(shared and shared / "duties.lock", works))
+                if reports:
+                    await stack.enter_async_context(in_background(reports.publish_always))
             yield
 
     app = Starlette(lifespan=lifespan, middleware=middleware)

@@ -13,7 +13,6 @@ newer Chandlery can share a data folder. Readers never wait for a writer (WAL); 
 the `remember_` methods belong in a thread. All methods can be called from any thread.
 """
 
-import shutil
 import sqlite3
 import threading
 import time
@@ -27,7 +26,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 import structlog
 
-from chandlery.data_folder import locked
+from chandlery.data_folder import is_full, locked
 from chandlery.digest import Digest
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.image_origin import ImageOrigin
@@ -87,9 +86,6 @@ CREATE TABLE IF NOT EXISTS resolutions (
 ) WITHOUT ROWID, STRICT;
 """
 
-# Bytes of a disk that is as good as full.
-_LEAST_SPACE = 1 << 20
-
 # How long one process waits for another's write, in seconds.
 _BUSY_TIMEOUT = 10.0
 
@@ -123,9 +119,11 @@ class IndexCounts:
     layers: int = 0
 
 
-def count(folder: Path) -> IndexCounts:
-    """Count what the index in `folder` knows, without opening it for writing; nothing if there is none."""
+def count(folder: Path) -> IndexCounts | None:
+    """Count what the index in `folder` knows, without opening it for writing; None if it can't be read."""
     path = folder / _FILE
+    if not path.exists():
+        return IndexCounts()
     # Without its log nobody has it open, and reading it would make one.
     mode = "ro" if Path(f"{path}-wal").exists() else "ro&immutable=1"
     try:
@@ -137,7 +135,7 @@ def count(folder: Path) -> IndexCounts:
             ).fetchone()
             (layers,) = database.execute("SELECT COUNT(DISTINCT digest) FROM layers").fetchone()
     except sqlite3.Error:
-        return IndexCounts()
+        return None
     return IndexCounts(images, blobs, int(size), layers)
 
 
@@ -161,8 +159,8 @@ class BuildIndex:
                 self._writer = _open_or_start_anew(path)
             self._reader = _connect(path)
         except (OSError, sqlite3.Error) as error:
-            if folder.is_dir() and shutil.disk_usage(folder).free < _LEAST_SPACE:
-                # SQLite may call it an I/O error.
+            # SQLite may call it an I/O error.
+            if folder.is_dir() and is_full(folder):
                 raise StorageFullError(str(folder)) from error
             raise StorageError(f"{path} can't be opened: {error}: choose another data folder") from error
         self._write_lock = threading.Lock()

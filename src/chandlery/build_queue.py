@@ -1,4 +1,4 @@
-"""Builds as things of their own: an id, a state, a place in the queue, a log, a timeline.
+"""Which builds run, and which wait for their turn; who waits for them; how they ended.
 
 A build belongs to the application, not to a request. There is one per key, however many wait for it; it is
 cancelled when nobody has waited for a while. A limited number runs at once, and those that wait take turns by
@@ -15,10 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
-from enum import StrEnum
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -26,8 +23,8 @@ from typing import Self
 
 import structlog
 
+from chandlery.build import Build, BuildState
 from chandlery.build_claims import BuildClaims
-from chandlery.build_timings import Timings
 from chandlery.errors import (
     BuildPendingError,
     BuildStoppedError,
@@ -52,16 +49,6 @@ TAKEN_OVER = "taken over"
 _OWN = frozenset({SELF_REPAIR, TAKEN_OVER})
 
 
-class BuildState(StrEnum):
-    """What a build is doing, or how it ended."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
     """How many builds run and wait; times are in seconds.
@@ -76,51 +63,6 @@ class QueueLimits:
     grace: float = 300.0
     failure_memory: float = 10.0
     admit: Callable[[str], None] = lambda _: None
-
-
-@dataclass(eq=False, slots=True)
-class Build:
-    """One build; `timeline` has each step that began, with the seconds since the build was asked for.
-
-    `timings` has the works that it consists of, which overlap.
-    `context` is that of the request that asked for it first: what the build logs has that request's id.
-    """
-
-    key: str
-    image: str
-    client: str
-    log_file: Path
-    id: str
-    asked_at: float  # seconds since the epoch
-    state: BuildState = BuildState.QUEUED
-    timeline: list[tuple[str, float]] = field(default_factory=list)
-    timings: Timings = field(default_factory=Timings)
-    error: Exception | None = None
-    waiters: int = 0
-    context: Context = field(default_factory=copy_context, repr=False)
-    _began: float = field(default_factory=time.monotonic)
-
-    def step(self, name: str) -> None:
-        """Note in the timeline that a step begins."""
-        self.timeline.append((name, round(time.monotonic() - self._began, 3)))
-
-    @property
-    def has_ended(self) -> bool:
-        """Tell whether nothing more will happen in it."""
-        return self.state not in (BuildState.QUEUED, BuildState.RUNNING)
-
-    @property
-    def seconds(self) -> float:
-        """How long it has taken since it was asked for, so far or to its end."""
-        return self.timeline[-1][1] if self.has_ended else time.monotonic() - self._began
-
-    @property
-    def steps(self) -> list[tuple[str, float, float]]:
-        """Give each step, its begin and its end, as in the timeline; before the first comes `queued`."""
-        begun = [(BuildState.QUEUED.value, 0.0), *self.timeline]
-        if not self.has_ended:
-            begun.append(("", self.seconds))
-        return [(name, begin, end) for (name, begin), (_, end) in pairwise(begun)]
 
 
 Work = Callable[[Build], Awaitable[BuiltImage]]
@@ -284,34 +226,23 @@ class BuildQueue:
 
     def _start_next(self) -> None:
         """Start what has its turn, as far as may run at once, and await what other processes have begun."""
+        all_taken = False
         for entry in list(self._turns()):
             elsewhere = self.claims.holder(entry.build.key)
             if elsewhere is not None:
                 self._withdraw(entry)
                 self._follow(entry, elsewhere)
-            elif held := self._held_to_run(entry):
-                self._withdraw(entry)
-                self._start(entry, held)
+            elif not all_taken:
+                slot = self.claims.slot() if self._running < self._limits.running else None
+                all_taken = slot is None
+                if slot is not None:
+                    self._try_to_start(entry, slot)
         if self._waiting and self._look_again is None and not self._stopping:
             self._look_again = asyncio.get_running_loop().call_later(_POLL, self._try_again)
 
     def _try_again(self) -> None:
         self._look_again = None
         self._start_next()
-
-    def _held_to_run(self, entry: _Entry) -> ExitStack | None:
-        """Take what a build has as long as it runs: one of the slots, and its key; None if it must wait."""
-        if self._running >= self._limits.running:
-            return None
-        slot = self.claims.slot()
-        if slot is None:
-            return None
-        claim = self.claims.claim(entry.build.key, entry.build.id)
-        if claim is None:
-            slot.close()
-            return None
-        slot.enter_context(claim)
-        return slot
 
     def _withdraw(self, entry: _Entry) -> None:
         """Take an entry from those that wait."""
@@ -320,14 +251,22 @@ class BuildQueue:
         if not queue:
             del self._waiting[entry.build.client]
 
-    def _start(self, entry: _Entry, held: ExitStack) -> None:
-        if entry.build.client in self._waiting:
-            self._waiting.move_to_end(entry.build.client)  # the others' turn comes first
+    def _try_to_start(self, entry: _Entry, slot: ExitStack) -> None:
+        """Start a build, which has a slot and its key as long as it runs; not if another process is at it."""
+        build = entry.build
+        claim = self.claims.claim(build.key, build.id)
+        if claim is None:
+            slot.close()
+            return
+        slot.enter_context(claim)
+        self._withdraw(entry)
+        if build.client in self._waiting:
+            self._waiting.move_to_end(build.client)  # the others' turn comes first
         self._running += 1
-        entry.build.state = BuildState.RUNNING
+        build.state = BuildState.RUNNING
         # Not in the context of whatever build has just ended.
         entry.task = asyncio.create_task(
-            self._run(entry, held), name=f"build {entry.build.id}", context=entry.build.context
+            self._run(entry, slot), name=f"build {build.id}", context=build.context
         )
 
     async def _run(self, entry: _Entry, held: ExitStack) -> None:

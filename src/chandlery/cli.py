@@ -179,31 +179,7 @@ def serve(
     encrypted = copy or is_loopback(settings.host) or settings.public_url.startswith("https:")
     if settings.users_file and not encrypted:
         typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
-    scheme, pem = ("https", copy.file) if copy else ("http", None)
-    shown = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else settings.host  # noqa: S104
-    source = without_secrets(settings.source)
-    typer.echo(f"Chandlery serves {source} at {scheme}://{settings.host}:{settings.port}/. Try:\n")
-    typer.echo(f"  docker run -it {shown}:{settings.port}/shell/git/jq\n")
-    server = Granian(
-        "chandlery.app:create_app",
-        address=settings.host,
-        port=settings.port,
-        interface=Interfaces.ASGI,
-        workers=settings.workers,
-        respawn_failed_workers=True,
-        websockets=False,
-        workers_kill_timeout=settings.stop_timeout,
-        log_level=LogLevels.warning,
-        ssl_cert=pem,
-        ssl_key=pem,
-        ssl_protocol_min=OLDEST_PROTOCOL,
-    )
-    with ExitStack() as stack:
-        shared = None
-        if settings.workers > 1:
-            shared = stack.enter_context(TemporaryFolder(settings.data_dir / "tmp")).path
-        load = partial(_load, settings, os.getpid(), shared, popularity)
-        server.serve(target_loader=load, wrap_loader=False)
+    _serve(settings, copy, popularity)
 
 
 @app.command()
@@ -391,6 +367,35 @@ async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
     if not path.exists():
         raise SettingsError(f"--contents {text}: there is no such file or folder")
     return await nix.add(path, roots)
+
+
+def _serve(settings: Settings, copy: CertificateCopy | None, popularity: Popularity) -> None:
+    """Say where the server is, and be it until it is stopped."""
+    scheme, pem = ("https", copy.file) if copy else ("http", None)
+    shown = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else settings.host  # noqa: S104
+    source = without_secrets(settings.source)
+    typer.echo(f"Chandlery serves {source} at {scheme}://{settings.host}:{settings.port}/. Try:\n")
+    typer.echo(f"  docker run -it {shown}:{settings.port}/shell/git/jq\n")
+    server = Granian(
+        "chandlery.app:create_app",
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.ASGI,
+        workers=settings.workers,
+        respawn_failed_workers=True,
+        websockets=False,
+        workers_kill_timeout=settings.stop_timeout,
+        log_level=LogLevels.warning,
+        ssl_cert=pem,
+        ssl_key=pem,
+        ssl_protocol_min=OLDEST_PROTOCOL,
+    )
+    with ExitStack() as stack:
+        shared = None
+        if settings.workers > 1:
+            shared = stack.enter_context(TemporaryFolder(settings.data_dir / "tmp")).path
+        load = partial(_load, settings, os.getpid(), shared, popularity)
+        server.serve(target_loader=load, wrap_loader=False)
 
 
 def _load(settings: Settings, server: int, shared: Path | None, popularity: Popularity) -> Starlette:

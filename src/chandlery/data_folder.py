@@ -30,6 +30,9 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
+# Bytes.
+_LEAST_SPACE = 1 << 20
+
 # Seconds between looks at a lock that others hold, mostly for milliseconds.
 _POLL = 0.005
 # Likewise, where they hold it as long as they live.
@@ -51,6 +54,11 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise StorageError(
             f"{error.filename or folder}: {error.strerror}: {advice}choose another data folder"
         ) from error
+
+
+def is_full(folder: Path) -> bool:
+    """Tell whether a folder's disk is as good as full, whatever a program that wrote there calls it."""
+    return shutil.disk_usage(folder).free < _LEAST_SPACE
 
 
 @contextmanager

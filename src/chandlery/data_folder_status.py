@@ -47,10 +47,13 @@ class KeptTwice:
 
 
 class DataFolderStatus(msgspec.Struct, frozen=True):
-    """What a data folder holds; `unreadable` counts what this user can't look into."""
+    """What a data folder holds; `unreadable` counts what this user can't look into.
+
+    `counts` are those of the build index; None if that can't be read.
+    """
 
     parts: tuple[Part, ...]
-    counts: IndexCounts
+    counts: IndexCounts | None
     twice: tuple[KeptTwice, ...]
     server_runs: bool
     unreadable: int

@@ -59,13 +59,8 @@ class EarlyLayers:
     async def layer(self, group: LayerGroup) -> PackedLayer:
         """Give a layer of the final plan; one that isn't packed yet, nor being packed, is packed now."""
         early = self._packing.pop(group, None)
-        if early is None:
-            return await self._pack(group)
-        try:
-            return await early
-        except asyncio.CancelledError:
-            await _stopped(early)
-            raise
+        # Who waits for a task and is cancelled cancels it.
+        return await (self._pack(group) if early is None else early)
 
     @property
     def begun(self) -> int:

@@ -20,8 +20,9 @@ from typing import Self
 import structlog
 
 from chandlery.blob_store import BlobStore
+from chandlery.build import Build
 from chandlery.build_index import BuildIndex
-from chandlery.build_queue import TAKEN_OVER, Build, BuildQueue, QueueLimits
+from chandlery.build_queue import TAKEN_OVER, BuildQueue, QueueLimits
 from chandlery.data_folder import TemporaryFolder
 from chandlery.digest import Digest
 from chandlery.errors import (
@@ -53,6 +54,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 # An index younger than this (seconds) isn't fetched again because a download failed.
 _RETRY_AGE = 60.0
 
+# See `ImageBuilder.moment`.
 _MOMENT = 1.0
 
 _NO_TABLE = Popularity()
@@ -201,7 +203,7 @@ class ImageBuilder:
         for origin in pulled.origins:
             request, before = origin.request, origin.pin
             pin = await self._sources.of(request.source).pin(request.reference, request.platform)
-            if (pin, pin.stale, pin.popularity) != (before, before.stale, before.popularity):
+            if (pin, pin.stale) != (before, before.stale):
                 return False
         if not whole:
             return True
@@ -313,6 +315,10 @@ class ImageBuilder:
             await self._maker.resolve(ImageOrigin(pin, request, self._options))
         return sorted({LATEST, pin.tag, *self._index.tags(request.name)})
 
+    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
+        """Tell whether an image of this name was made that needs a blob, at whatever revision."""
+        return await asyncio.to_thread(self._index.needs, request.name, digest)
+
     async def _origin(self, pin: PinnedSource, request: ImageRequest) -> ImageOrigin:
         """Say what an image is made from; where the package set has no table, it is the operator's."""
         popularity = self._popularity
@@ -323,10 +329,6 @@ class ImageBuilder:
                 # It costs bytes of downloads, and no pull.
                 log.warning("a table of popularity can't be read", file=pin.popularity, error=str(error))
         return ImageOrigin(pin, request, self._options, popularity)
-
-    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
-        """Tell whether an image of this name was made that needs a blob, at whatever revision."""
-        return await asyncio.to_thread(self._index.needs, request.name, digest)
 
     async def _image_of(self, origin: ImageOrigin, client: str, deadline: float | None) -> BuiltImage:
         known = await self.known(origin.key)

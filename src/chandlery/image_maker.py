@@ -19,8 +19,8 @@ import msgspec
 import structlog
 
 from chandlery.blob_store import BlobStore
+from chandlery.build import Build
 from chandlery.build_index import BuildIndex
-from chandlery.build_queue import Build
 from chandlery.build_timings import Work
 from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS

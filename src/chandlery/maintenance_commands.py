@@ -14,6 +14,7 @@ from chandlery import logs
 from chandlery.app import image_builder, open_parts
 from chandlery.command_options import AsJson, DataDir, SettingsFile
 from chandlery.data_folder_status import DataFolderStatus, examine
+from chandlery.errors import SettingsError
 from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Finding, Scrub
@@ -65,7 +66,9 @@ def status(as_json: AsJson = False, data_dir: DataDir = None, settings_file: Set
     """
     settings = Settings.load(settings_file, data_dir=data_dir)
     folder = settings.data_dir
-    found = examine(folder) if folder.is_dir() else None
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"data_dir: {folder} is no folder")
+    found = examine(folder) if folder.exists() else None
     if as_json:
         typer.echo(msgspec.json.encode(_as_json(settings, found)))
     elif found is None:
@@ -152,12 +155,13 @@ def _print_status(settings: Settings, found: DataFolderStatus) -> None:
     table.add_row("total", _megabytes(found.bytes))
     Console().print(table)
     counts = found.counts
-    typer.echo(f"\nimages: {counts.images:,}, with {counts.layers:,} layers of store paths")
+    if counts:
+        typer.echo(f"\nimages: {counts.images:,}, with {counts.layers:,} layers of store paths")
+    else:
+        typer.echo("\nimages: not counted, since the build index can't be read")
     if settings.storage:
-        typer.echo(
-            f"blobs: in {settings.storage}, not counted; images need {counts.blobs:,} "
-            f"with {_megabytes(counts.blob_bytes)}"
-        )
+        needed = f"; images need {counts.blobs:,} with {_megabytes(counts.blob_bytes)}" if counts else ""
+        typer.echo(f"blobs: in {settings.storage}, not counted{needed}")
     if settings.nix_store == "machine":
         typer.echo("Nix store: this machine's, not counted")
     for twice in found.twice:

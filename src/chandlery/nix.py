@@ -6,7 +6,6 @@ can read nothing but itself, and with limits of time and memory (see `nix_evalua
 
 import asyncio
 import hashlib
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ import structlog
 
 from chandlery.build_timings import Timings
 from chandlery.closure import Closure, ClosureNode, StorePath
-from chandlery.data_folder import storage_errors
+from chandlery.data_folder import is_full, storage_errors
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
@@ -62,9 +61,6 @@ _NAMES_TIMEOUT = 20.0
 # Of what a build says, the lines that are kept to find the error in them, and the bytes of each.
 _KEPT_LINES, _LONGEST_KEPT = 4000, 8192
 
-# Bytes of a disk that is as good as full.
-_LEAST_SPACE = 1 << 20
-
 
 class Nix:
     """Nix with one store: `folder` holds a store of Chandlery's own, None stands for the machine's."""
@@ -73,8 +69,8 @@ class Nix:
         self._folder = folder
         self._limits = limits
         self._configuration = NixConfiguration(folder, limits, options or NixOptions())
-        # Whoever collects garbage of the machine's store knows of no gate.
         self._database = NixDatabase(folder) if folder else None
+        # Whoever collects garbage of the machine's store knows of no gate.
         self._gate = StoreGate(folder, limits.begun_after) if folder else None
 
     @property
@@ -214,8 +210,8 @@ class Nix:
     async def closure(self, roots: Iterable[StorePath]) -> Closure:
         """Give the closure of store paths that are there."""
         wanted = tuple(sorted(set(roots)))
-        known = await self._ask_database(lambda database: database.closure(wanted))
-        if known is not None and set(wanted) <= {node.path for node in known.nodes}:
+        known = await self.known_closure(wanted)
+        if known is not None and known.roots == wanted:
             return known
         described = await self._run(
             "nix",
@@ -394,8 +390,7 @@ class Nix:
         if says_disk_full(stderr):
             return True
         # What SQLite says of a full disk isn't always that.
-        disk = self._folder or Path("/nix")
-        return "disk I/O error" in stderr and shutil.disk_usage(disk).free < _LEAST_SPACE
+        return "disk I/O error" in stderr and is_full(self._folder or Path("/nix"))
 
 
 def _arguments(arguments: Mapping[str, str]) -> list[str]:

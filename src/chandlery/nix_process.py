@@ -5,6 +5,7 @@ read the other. What Nix does, and what it builds, yields to serving; a daemon's
 """
 
 import asyncio
+import math
 import os
 import resource
 import shutil
@@ -72,6 +73,7 @@ async def run(
     tail: deque[bytes] = deque(maxlen=_KEPT_PIECES)
     try:
         background.lower(process.pid)
+        _limit_time(process.pid, limits.timeout)
         if limits.memory:
             _limit_memory(process.pid, limits.memory)
         async with asyncio.timeout(limits.timeout), asyncio.TaskGroup() as group:
@@ -87,6 +89,16 @@ async def run(
             await _stop(process)
     stderr = b"".join(tail).decode(errors="replace")
     return Result(process.returncode or 0, output.result().decode(), stderr)
+
+
+def _limit_time(process: int, timeout: float) -> None:
+    """Let the kernel end it, and each that comes of it, if nobody does: if this process is killed.
+
+    Within the timeout a process can't have used all processors for longer than that.
+    """
+    seconds = math.ceil(timeout * (os.cpu_count() or 1)) + 1
+    with suppress(OSError):
+        resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds))
 
 
 def _limit_memory(process: int, limit: int) -> None:

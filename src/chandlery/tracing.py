@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chandlery import __version__
-from chandlery.build_queue import Build, BuildState
+from chandlery.build import Build, BuildState
 from chandlery.request_log import route_of
 
 _NANOSECONDS = 1_000_000_000
