@@ -75,7 +75,11 @@ PASSES_THE_ENVIRONMENT_ON = STARTS_PROGRAMS
 NIX_PROGRAM = re.compile(r"nix-(store|build|instantiate|env|shell|channel|daemon|collect-garbage|hash)")
 
 FOLDER = Path(chandlery.__file__).parent
-TREES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+TREES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text())
+    for path in FOLDER.rglob("*.py")
+    if path.stem != "__init__"
+}
 ROW = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 
 each_module = pytest.mark.parametrize("module", sorted(TREES))
@@ -93,8 +97,12 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 def own_imports(module: str) -> set[str]:
     """Give the modules of Chandlery that a module imports."""
-    parts = (name.split(".") for name in imports(TREES[module]))
-    return {names[1] for names in parts if names[0] == "chandlery" and names[1] in TREES}
+    found = set()
+    for name in imports(TREES[module]):
+        package, _, rest = name.partition(".")
+        # What is imported is a module, or something in it.
+        found |= {rest, rest.rpartition(".")[0]} & TREES.keys() if package == "chandlery" else set()
+    return found
 
 
 def attributes(tree: ast.Module) -> set[str]:
