@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import evaluation, layering, mixed, packing, pulling, serving
-from chandlery import logs
+from chandlery.telemetry import logs
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.table import Table
 
 from chandlery.app import open_parts
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
 from chandlery.nix import EXPRESSIONS
 from chandlery.nix_configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.package_resolver import PackageResolver
 from chandlery.settings import Settings
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.packing import realised
 from benchmarks.servers import LIMIT, RunningServer, running
 from chandlery.app import open_parts
-from chandlery.oci import OCI_MANIFEST, Platform
+from chandlery.oci.documents import OCI_MANIFEST, Platform
 from chandlery.settings import Settings
 
 _SMALL = "git"

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.servers import LIMIT, RunningServer, running
-from chandlery.digest import Digest
 from chandlery.nix_configuration import host_paths
-from chandlery.oci import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST
 
 _SOURCE = Path(__file__).parent / "serving_set"
 

@@ -5,9 +5,9 @@ import pytest
 
 from chandlery.blob_store import BlobInfo, BlobStore, content_of, local_files
 from chandlery.byte_range import ByteRange
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError
-from chandlery.oci import Descriptor
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import Descriptor
 
 # More than one block of any store, and no whole number of blocks.
 CONTENT = bytes(range(251)) * 20_000

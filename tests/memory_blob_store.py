@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 from chandlery.blob_store import BlobInfo
 from chandlery.byte_range import ByteRange
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError
-from chandlery.oci import Descriptor
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import Descriptor
 
 
 class MemoryBlobStore:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.nix import Nix, Resolution
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 
 SYSTEM = Platform.of_host().nix_system

@@ -15,16 +15,16 @@ import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from chandlery import logs
 from chandlery.access_control import AccessControl, Accounts, Client
 from chandlery.access_rules import AccessRules
 from chandlery.client_address import parse_networks
-from chandlery.digest import Digest
 from chandlery.errors import RateLimitError
-from chandlery.oci import ManifestFormat
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import ManifestFormat
 from chandlery.public_address import PublicAddress
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
+from chandlery.telemetry import logs
 from chandlery.tokens import Tokens
 from chandlery.users import Users
 from memory_blob_store import MemoryBlobStore

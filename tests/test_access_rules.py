@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from chandlery.access_rules import AccessRules, Rule
-from chandlery.image_name import ImageRequest, Vocabulary, parse
-from chandlery.oci import Platform
+from chandlery.image.name import ImageRequest, Vocabulary, parse
+from chandlery.oci.documents import Platform
 
 SOURCE = ("debian!bookworm",)
 ATTRIBUTE_PATHS = st.lists(st.text("abc019", min_size=1, max_size=5), min_size=1, max_size=3).map(".".join)

@@ -23,7 +23,7 @@ LAYERS = (
     "command_options certificate_check setting_values",
     "monitoring readiness tracing",
     "worker_reports",
-    "registry_api endpoint registry_client request_log waiting sandbox image_output prepared_answers",
+    "registry_api endpoint registry_client request_log waiting sandbox oci.layout prepared_answers",
     "token_endpoint access_control client_address public_address users tokens tls",
     "repaired_blobs scrub garbage_collector data_folder_status",
     "image_builder",
@@ -45,31 +45,33 @@ LAYERS = (
     "watched_folder debian_lock",
     "package_groups",
     "package_graph popularity",
-    "pins folder_content download tarball failure_memory source_trees git_repository",
-    "data_folder packing_processes rate_limit",
+    "pins folder_content machine.download machine.tarball failure_memory source_trees git_repository",
+    "machine.data_folder machine.process_pool machine.token_buckets",
     "nix_configuration nix_process",
     "access_rules authorization nix_log nix_output",
-    "closure_json build_timings",
-    "pinned_source closure image_name negotiation bucket git_address",
-    "image_profile",
-    "oci byte_range logs metrics bounded_memory",
-    "digest background packer ahead",
+    "closure_json telemetry.build_timings",
+    "pinned_source closure image.name negotiation bucket git_address",
+    "image.profile",
+    "oci.documents byte_range telemetry.logs telemetry.metrics bounded_memory",
+    "oci.digest machine.niceness machine.process_pool_worker ahead",
     "errors",
 )
 
 # What decides does no I/O, and asks no clock.
 PURE = (
     "access_rules alternatives authorization bounded_memory byte_range closure closure_json errors "
-    "git_address grouped_plan image_name image_profile layer_group layer_plan negotiation oci "
-    "package_graph package_groups peer_plans pinned_source popularity pull_simulation setting_values "
-    "simple_plans"
+    "git_address grouped_plan image.name image.profile layer_group layer_plan negotiation "
+    "oci.documents package_graph package_groups peer_plans pinned_source popularity pull_simulation "
+    "setting_values simple_plans"
 )
 IMPURE_IMPORTS = {
     *("anyio", "asyncio", "httpx", "io", "multiprocessing", "os", "shutil", "socket", "sqlite3"),
     *("subprocess", "tempfile", "threading", "time", "datetime", "random", "secrets"),
 }
 
-STARTS_PROGRAMS = "packing_processes nix_process nix_configuration debian_index sandbox demo git_repository"
+STARTS_PROGRAMS = (
+    "machine.process_pool nix_process nix_configuration debian_index sandbox demo git_repository"
+)
 # These pass the environment on to the programs that they start, and look for them on PATH.
 PASSES_THE_ENVIRONMENT_ON = STARTS_PROGRAMS
 NIX_PROGRAM = re.compile(r"nix-(store|build|instantiate|env|shell|channel|daemon|collect-garbage|hash)")

@@ -8,8 +8,8 @@ import pytest
 
 from blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put
 from chandlery.blob_store import FileBlobStore
-from chandlery.digest import Digest
 from chandlery.errors import StorageError, StorageFullError
+from chandlery.oci.digest import Digest
 from memory_blob_store import MemoryBlobStore
 
 

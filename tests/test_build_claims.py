@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.build_claims import BuildClaims
-from chandlery.data_folder import try_lock
+from chandlery.machine.data_folder import try_lock
 
 CLAIM_AND_WAIT = """
 import sys, time

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from chandlery import build_index
 from chandlery.build_index import SCHEMA_VERSION, BuildIndex
-from chandlery.data_folder import locked
-from chandlery.digest import Digest
 from chandlery.errors import StorageError, StorageFullError
-from chandlery.image_name import ImageRequest
+from chandlery.image.name import ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
-from chandlery.oci import (
+from chandlery.machine.data_folder import locked
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     OCI_CONFIG,
     OCI_LAYER,
     OCI_MANIFEST,

@@ -8,7 +8,6 @@ import pytest
 
 from chandlery.build import Build, BuildState
 from chandlery.build_queue import SELF_REPAIR, TAKEN_OVER, BuildQueue, QueueLimits
-from chandlery.digest import Digest
 from chandlery.errors import (
     BuildError,
     BuildPendingError,
@@ -17,7 +16,8 @@ from chandlery.errors import (
     StorageFullError,
     TooManyBuildsError,
 )
-from chandlery.oci import BuiltImage, Descriptor
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import BuiltImage, Descriptor
 
 IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)
 LOGS = Path("builds")

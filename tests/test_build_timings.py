@@ -1,6 +1,6 @@
 import pytest
 
-from chandlery.build_timings import Timings, Work, WorkTime
+from chandlery.telemetry.build_timings import Timings, Work, WorkTime
 
 
 def timings(*spans: tuple[Work, float, float]) -> list[WorkTime]:

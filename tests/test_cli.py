@@ -18,7 +18,7 @@ import pytest
 
 import layers
 from chandlery import __version__
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from ordinary_user import run_as_ordinary_user
 from package_sets import SOURCE, Gates
 from servers import LIMIT, environment, free_port, serving, wait_until

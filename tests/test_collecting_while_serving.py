@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from chandlery.registry_client import PullError, pull
 from package_sets import SOURCE
 from servers import LIMIT, RunningServer, serving, wait_until

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.data_folder import RunMarker, TemporaryFolder
 from chandlery.errors import StorageError
+from chandlery.machine.data_folder import RunMarker, TemporaryFolder
 
 HOLD_A_FOLDER = """
 import sys
 from pathlib import Path
-from chandlery.data_folder import TemporaryFolder
+from chandlery.machine.data_folder import TemporaryFolder
 
 folder = TemporaryFolder(Path(sys.argv[1]))
 (folder.path / "half").write_text("half")
@@ -87,7 +87,7 @@ def test_after_a_clean_end_nothing_is_in_doubt(tmp_path: Path) -> None:
 RUN_AND_DIE = """
 import os, sys
 from pathlib import Path
-from chandlery.data_folder import RunMarker
+from chandlery.machine.data_folder import RunMarker
 
 marker = RunMarker(Path(sys.argv[1]))
 marker.begin()

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from chandlery.build_index import BuildIndex, IndexCounts
-from chandlery.data_folder import RunMarker, TemporaryFolder
 from chandlery.data_folder_status import DataFolderStatus, examine
+from chandlery.machine.data_folder import RunMarker, TemporaryFolder
 
 LARGE = 100_000
 

@@ -12,9 +12,9 @@ from chandlery.alternatives import parse
 from chandlery.closure import Closure, StorePath
 from chandlery.debian_source import DebianSource
 from chandlery.errors import DownloadError
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
 from chandlery.nix import EXPRESSIONS, Nix, NixLimits, Resolution
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.store_reader import Entry, Layout, StoreReader
 from debian_packages import PACKAGES, Deb, Member, program
@@ -251,7 +251,7 @@ import asyncio, sys
 from pathlib import Path
 from chandlery.debian_index import DebianMirrors
 from chandlery.nix import Nix, NixLimits
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.debian_source import DebianSource
 
 async def main(folder: Path, *mirrors: str) -> None:

@@ -9,8 +9,8 @@ from structlog.testing import capture_logs
 from chandlery.debian_index import DebianMirrors, keep_lock
 from chandlery.debian_source import DebianSource
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, TooManyReferencesError
-from chandlery.image_name import LATEST
-from chandlery.oci import ARCHITECTURES, Platform
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import ARCHITECTURES, Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits
 from debian_packages import Deb

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.digest import Digest
 from chandlery.errors import InvalidDigestError
+from chandlery.oci.digest import Digest
 
 texts = st.lists(st.text(max_size=5), max_size=5)
 

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from certificates import Certificate, make_certificate
-from chandlery.download import Address, DownloadFailedError, DownloadLimits, fetch, fetch_text, retried
+from chandlery.machine.download import (
+    Address,
+    DownloadFailedError,
+    DownloadLimits,
+    fetch,
+    fetch_text,
+    retried,
+)
 from channel_server import ChannelServer, Fault, channel_server
 from servers import free_port
 

@@ -5,10 +5,10 @@ import pytest
 
 from chandlery import early_layers
 from chandlery.closure import Closure, StorePath
-from chandlery.digest import Digest
 from chandlery.early_layers import EarlyLayers
 from chandlery.layer_plan import STRATEGIES, LayerGroup, Popularity, closure_of
-from chandlery.oci import OCI_LAYER, Descriptor, PackedLayer
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import OCI_LAYER, Descriptor, PackedLayer
 
 LARGE = 5 << 20
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.download import DownloadFailedError
 from chandlery.errors import (
     BuildError,
     BuildTooLargeError,
@@ -14,6 +13,7 @@ from chandlery.errors import (
     evaluation_error,
 )
 from chandlery.failed_builds import FailedBuilds
+from chandlery.machine.download import DownloadFailedError
 
 
 @pytest.mark.parametrize(

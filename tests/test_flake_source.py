@@ -19,10 +19,10 @@ from chandlery.errors import (
     SourceUnavailableError,
 )
 from chandlery.flake_source import FlakeReference, FlakeSource
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
 from chandlery.nix import Nix, NixLimits
 from chandlery.nix_output import DerivationMissingError, LockedFlake
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions, parse
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits

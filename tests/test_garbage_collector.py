@@ -10,13 +10,13 @@ import pytest
 
 from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
-from chandlery.digest import Digest
 from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval
-from chandlery.image_name import ImageRequest
+from chandlery.image.name import ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.leases import Leases
 from chandlery.nix import Nix, NixLimits
-from chandlery.oci import (
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     OCI_CONFIG,
     OCI_LAYER,
     OCI_MANIFEST,

@@ -20,8 +20,8 @@ from chandlery.errors import (
 from chandlery.git_address import GitAddress
 from chandlery.git_repository import GitLimits
 from chandlery.git_source import GitSource
-from chandlery.image_name import LATEST
-from chandlery.oci import Platform
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions, parse
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits
@@ -717,7 +717,7 @@ async def test_two_servers_that_share_a_data_folder_do_not_get_in_each_others_wa
     script = (
         "import asyncio, sys; from pathlib import Path\n"
         "from chandlery.package_source import parse; from chandlery.debian_index import DebianMirrors\n"
-        "from chandlery.oci import Platform\n"
+        "from chandlery.oci.documents import Platform\n"
         "source = parse(sys.argv[1], Path(sys.argv[2]), DebianMirrors('', '', ''))\n"
         "print(asyncio.run(source.pin('latest', Platform.of_host())).revision)"
     )

@@ -11,7 +11,6 @@ import pytest_asyncio
 
 import layers
 from chandlery.build_queue import QueueLimits
-from chandlery.digest import Digest
 from chandlery.errors import (
     BuildError,
     BuildStoppedError,
@@ -24,7 +23,8 @@ from chandlery.errors import (
 from chandlery.image_builder import BuildCapacity
 from chandlery.image_origin import BuildOptions
 from chandlery.nix import NixLimits
-from chandlery.oci import CREATED, ManifestFormat, PackedLayer
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import CREATED, ManifestFormat, PackedLayer
 from chandlery.root_layer import RootLayerOptions
 from workshop import HOST, Workshop, a_request, opened
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from chandlery import image_name
 from chandlery.errors import (
     BuildPendingError,
     PackagesNotFoundError,
@@ -18,9 +17,10 @@ from chandlery.errors import (
     ReferenceNotFoundError,
     SourceUnavailableError,
 )
+from chandlery.image import name as image_name
+from chandlery.image.name import Vocabulary
 from chandlery.image_builder import Pulled
-from chandlery.image_name import Vocabulary
-from chandlery.oci import DOCKER_MANIFEST_LIST, OCI_INDEX, ManifestFormat, Platform
+from chandlery.oci.documents import DOCKER_MANIFEST_LIST, OCI_INDEX, ManifestFormat, Platform
 from chandlery.package_source import PackageSource
 from chandlery.pinned_source import PinnedSource
 from chandlery.repaired_blobs import RepairedBlobs

@@ -6,11 +6,11 @@ import pytest
 import pytest_asyncio
 
 from chandlery.blob_store import BlobInfo
-from chandlery.digest import Digest
 from chandlery.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.image_origin import ImageOrigin
 from chandlery.nix import NixLimits
-from chandlery.oci import BuiltImage
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import BuiltImage
 from workshop import Workshop, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery import image_name
 from chandlery.errors import InvalidNameError, InvalidReferenceError
-from chandlery.image_name import LATEST, ImageRequest, Vocabulary
-from chandlery.image_profile import BASE_PACKAGES, SHIPPED, Profile
-from chandlery.oci import Platform
+from chandlery.image import name as image_name
+from chandlery.image.name import LATEST, ImageRequest, Vocabulary
+from chandlery.image.profile import BASE_PACKAGES, SHIPPED, Profile
+from chandlery.oci.documents import Platform
 
 HOST = Platform("linux", "amd64")
 ARM64 = Platform("linux", "arm64")

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 
 from chandlery.compression import COMPRESSIONS
-from chandlery.image_name import ImageRequest
+from chandlery.image.name import ImageRequest
+from chandlery.image.profile import Profile
 from chandlery.image_origin import BuildOptions, ImageOrigin
-from chandlery.image_profile import Profile
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import RootLayerOptions
 

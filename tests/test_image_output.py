@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from chandlery import image_output
-from chandlery.digest import Digest
 from chandlery.errors import StorageError
-from chandlery.oci import (
+from chandlery.oci import layout as image_output
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     MANIFEST_MEDIA_TYPE,
     OCI_CONFIG,
     OCI_LAYER,

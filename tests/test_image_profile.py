@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.image_profile import SHIPPED, Account, Profile
+from chandlery.image.profile import SHIPPED, Account, Profile
 
 texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=3)
 lists = st.lists(texts, max_size=3).map(tuple)

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chandlery.compression import COMPRESSIONS
-from chandlery.digest import Digest
 from chandlery.errors import StorageError, StorageFullError, UnsupportedEntryError
 from chandlery.layer_archive import (
     BLOCK_SIZE,
@@ -25,7 +24,8 @@ from chandlery.layer_archive import (
     pack,
     pack_store_paths,
 )
-from chandlery.oci import PackedLayer
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import PackedLayer
 from chandlery.store_reader import Entry, EntryKind, StoreReader
 from physical_store import Executable, Link, PhysicalStore, store_path
 

@@ -3,8 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chandlery.digest import Digest
 from chandlery.leases import Leases
+from chandlery.oci.digest import Digest
 
 BLOB, OTHER = Digest.of(b"blob"), Digest.of(b"other")
 
@@ -46,7 +46,7 @@ async def test_no_lease_is_taken_under_the_lock_of_this_process_or_another(tmp_p
 TAKE = """
 import asyncio, sys
 from pathlib import Path
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from chandlery.leases import Leases
 
 async def main():

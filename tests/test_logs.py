@@ -6,7 +6,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery import logs
+from chandlery.telemetry import logs
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from certificates import make_certificate
-from chandlery.data_folder import RunMarker
 from chandlery.doctor import Outcome, Status, examine
+from chandlery.machine.data_folder import RunMarker
 from chandlery.machine_checks import machine_checks, scratch_folder
 from chandlery.popularity import Popularity
 from chandlery.settings import Settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from package_sets import SOURCE
 from servers import LIMIT, environment, serving
 from test_repaired_blobs import flip

@@ -2,7 +2,7 @@ import math
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from chandlery.metrics import Metrics
+from chandlery.telemetry.metrics import Metrics
 
 
 def values(metrics: Metrics) -> dict[tuple[str, ...], float]:

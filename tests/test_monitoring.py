@@ -14,17 +14,17 @@ from starlette.middleware import Middleware
 from chandlery import monitoring, registry_api
 from chandlery.build import Build
 from chandlery.build_queue import BuildQueue, QueueLimits
-from chandlery.build_timings import Work
 from chandlery.client_address import parse_networks
-from chandlery.digest import Digest
 from chandlery.errors import BuildError, StorageFullError
+from chandlery.image.name import Vocabulary
 from chandlery.image_builder import Pulled
-from chandlery.image_name import Vocabulary
-from chandlery.metrics import Metrics
 from chandlery.monitoring import Watchers, _tail
-from chandlery.oci import BuiltImage, Descriptor, Platform
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import BuiltImage, Descriptor, Platform
 from chandlery.readiness import Readiness
 from chandlery.request_log import RequestLog
+from chandlery.telemetry.build_timings import Work
+from chandlery.telemetry.metrics import Metrics
 from memory_blob_store import MemoryBlobStore
 
 IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)

@@ -9,8 +9,8 @@ import pytest_asyncio
 
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import ReferenceNotFoundError
-from chandlery.image_name import LATEST
-from chandlery.oci import BuiltImage
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import BuiltImage
 from chandlery.package_source import parse
 from git_server import HttpServer, Repository, http_server
 from package_sets import PACKAGE_SET

@@ -3,9 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from chandlery.digest import Digest
 from chandlery.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
-from chandlery.oci import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST, ManifestFormat
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
+    DOCKER_MANIFEST,
+    DOCKER_MANIFEST_LIST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    ManifestFormat,
+)
 
 DIGEST = Digest.of(b"content")
 OTHER = Digest.of(b"other content")

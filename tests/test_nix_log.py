@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.build_timings import Work
 from chandlery.nix_log import NixLog
+from chandlery.telemetry.build_timings import Work
 
 
 def line(**event: object) -> str:

@@ -1,6 +1,6 @@
 import os
 
-from chandlery import background
+from chandlery.machine import niceness as background
 from chandlery.nix_process import Limits, run
 
 

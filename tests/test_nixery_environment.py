@@ -11,7 +11,7 @@ import pytest
 import layers
 from chandlery import registry_client
 from chandlery.errors import SettingsError
-from chandlery.oci import ARCHITECTURES, Platform
+from chandlery.oci.documents import ARCHITECTURES, Platform
 from chandlery.setting_places import DEFAULT, Origin
 from chandlery.settings import Settings
 from package_sets import PACKAGE_SET, Gates

@@ -14,7 +14,6 @@ import pytest
 import structlog
 
 from chandlery.debian_index import DebianMirrors
-from chandlery.download import DownloadLimits
 from chandlery.errors import (
     ChandleryError,
     InvalidSourceError,
@@ -24,10 +23,11 @@ from chandlery.errors import (
     StorageFullError,
     TooManyReferencesError,
 )
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
+from chandlery.machine.download import DownloadLimits
 from chandlery.nix import Nix, NixLimits
 from chandlery.nixpkgs_source import NixpkgsAddresses, NixpkgsSource
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions, parse
 from chandlery.pinned_source import NIXPKGS, PinnedSource
 from chandlery.pins import PinLimits
@@ -442,9 +442,9 @@ def small_disk(folder: Path) -> Iterator[None]:
 KILLED = """
 import asyncio, sys
 from pathlib import Path
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
 from chandlery.nixpkgs_source import NixpkgsAddresses, NixpkgsSource
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.set_arguments import SetArguments
 
 folder, *templates = sys.argv[1:]

@@ -16,9 +16,9 @@ from blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put, rea
 from chandlery.blob_store import FileBlobStore
 from chandlery.bucket import Bucket
 from chandlery.byte_range import ByteRange
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, SettingsError, StorageError
 from chandlery.object_store import ObjectBlobStore, open_blob_store
+from chandlery.oci.digest import Digest
 from chandlery.settings import Settings
 from swift_server import KEY, Swift, swift
 
@@ -86,7 +86,7 @@ PUT_500_MB = """
 import asyncio, resource, sys
 from pathlib import Path
 from chandlery.bucket import Bucket
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from chandlery.object_store import ObjectBlobStore
 
 async def main(bucket, endpoint, user, key, folder):

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery import oci
-from chandlery.digest import Digest
-from chandlery.oci import (
+from chandlery.oci import documents as oci
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     CREATED,
     OCI_LAYER,
     ContainerConfig,

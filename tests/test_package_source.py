@@ -4,8 +4,8 @@ import pytest
 
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import InvalidSourceError, SourceUnavailableError
-from chandlery.image_name import LATEST
-from chandlery.oci import Platform
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import Platform
 from chandlery.package_source import parse
 from chandlery.pinned_source import PinnedSource
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery import background
 from chandlery.errors import StorageError, UnsupportedEntryError
 from chandlery.layer_archive import pack_store_paths
-from chandlery.packing_processes import PackingProcesses
+from chandlery.machine import niceness as background
+from chandlery.machine.process_pool import PackingProcesses
 from physical_store import PhysicalStore
 
 

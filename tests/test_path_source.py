@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError
 from chandlery.folder_content import FolderContent
-from chandlery.image_name import LATEST
-from chandlery.oci import Platform
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import Platform
 from chandlery.path_source import PathSource
 from chandlery.pinned_source import PinnedSource
 from chandlery.set_arguments import SetArguments

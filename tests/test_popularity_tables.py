@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from chandlery import popularity_tables
-from chandlery.download import Address, DownloadFailedError
+from chandlery.machine.download import Address, DownloadFailedError
 from chandlery.popularity import Popularity
 from chandlery.popularity_tables import PopularityTables
 from ordinary_user import ordinary_folder, run_as_ordinary_user

@@ -20,10 +20,9 @@ from structlog.testing import capture_logs
 from chandlery.access_control import AccessControl
 from chandlery.access_rules import AccessRules
 from chandlery.build_index import BuildIndex
-from chandlery.digest import Digest
 from chandlery.errors import BuildError, ChandleryError, SourceUnavailableError
-from chandlery.metrics import Metrics
-from chandlery.oci import (
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     DOCKER_MANIFEST,
     DOCKER_MANIFEST_LIST,
     INDEX_MEDIA_TYPE,
@@ -37,6 +36,7 @@ from chandlery.prepared_answers import LastingResponse, PreparedAnswers, keep
 from chandlery.public_address import PublicAddress
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
+from chandlery.telemetry.metrics import Metrics
 from memory_blob_store import MemoryBlobStore
 from package_sets import PACKAGE_SET
 from servers import RunningServer, serving, wait_until

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.rate_limit import SharedTokenBuckets, TokenBuckets
+from chandlery.machine.token_buckets import SharedTokenBuckets, TokenBuckets
 
 
 class Clock:
@@ -83,7 +83,7 @@ def test_processes_take_from_one_bucket(tmp_path: Path) -> None:
 TAKE = """
 import sys
 from pathlib import Path
-from chandlery.rate_limit import SharedTokenBuckets
+from chandlery.machine.token_buckets import SharedTokenBuckets
 
 buckets = SharedTokenBuckets(Path(sys.argv[1]), 1e6)
 print(sum(not buckets.take("alice", 2000) for _ in range(2000)))

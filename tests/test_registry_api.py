@@ -23,10 +23,9 @@ from starlette.routing import Route
 from starlette.types import Message, Scope
 from structlog.testing import capture_logs
 
-from chandlery import endpoint, errors, image_name, registry_api
+from chandlery import endpoint, errors, registry_api
 from chandlery.blob_store import BlobInfo, BlobStore, FileBlobStore
 from chandlery.client_address import parse_networks
-from chandlery.digest import Digest
 from chandlery.endpoint import ANSWERS
 from chandlery.errors import (
     BlobNotFoundError,
@@ -44,9 +43,11 @@ from chandlery.errors import (
     StorageFullError,
     TryAgainError,
 )
+from chandlery.image import name as image_name
+from chandlery.image.name import ImageRequest, Vocabulary
 from chandlery.image_builder import Pulled
-from chandlery.image_name import ImageRequest, Vocabulary
-from chandlery.oci import (
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     DOCKER_MANIFEST,
     DOCKER_MANIFEST_LIST,
     INDEX_MEDIA_TYPE,

@@ -12,11 +12,11 @@ import layers
 from chandlery.blob_store import BlobInfo
 from chandlery.build_queue import SELF_REPAIR
 from chandlery.debian_index import DebianMirrors
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, BuildPendingError
 from chandlery.image_builder import BuildCapacity
 from chandlery.image_origin import BuildOptions, ImageOrigin
-from chandlery.oci import OCI_LAYER, BuiltImage, Descriptor, ManifestFormat
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import OCI_LAYER, BuiltImage, Descriptor, ManifestFormat
 from chandlery.package_source import PackageSource, parse
 from chandlery.popularity import Popularity
 from chandlery.repaired_blobs import RepairedBlobs

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.closure import StorePath
-from chandlery.image_profile import Account
+from chandlery.image.profile import Account
 from chandlery.layer_archive import archive
 from chandlery.root_filesystem import main_program, program_named, root_filesystem
 from chandlery.store_reader import Entry, EntryKind, StoreReader

@@ -7,8 +7,8 @@ import pytest
 import pytest_asyncio
 
 from chandlery.blob_store import BlobInfo, is_intact
-from chandlery.digest import Digest
-from chandlery.oci import BuiltImage
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import BuiltImage
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Finding, Problem, Scrub, written_since
 from memory_blob_store import MemoryBlobStore

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chandlery.errors import StorageFullError
-from chandlery.tarball import TarballError, TarballLimits, unpack
+from chandlery.machine.tarball import TarballError, TarballLimits, unpack
 from channel_server import compressed, tarball
 
 COMMIT = "4f0d3a9" + "0" * 33

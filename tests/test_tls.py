@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from certificates import Certificate, make_certificate
-from chandlery.digest import Digest
 from chandlery.errors import SettingsError
+from chandlery.oci.digest import Digest
 from chandlery.tls import CertificateCopy, CertificateWatch
 from package_sets import SOURCE, Gates
 from servers import LIMIT, RunningServer, serving, wait_until

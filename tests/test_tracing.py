@@ -19,9 +19,9 @@ from starlette.routing import Route
 
 from chandlery.build import Build
 from chandlery.build_queue import BuildQueue, QueueLimits
-from chandlery.digest import Digest
 from chandlery.errors import BuildError
-from chandlery.oci import BuiltImage, Descriptor
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import BuiltImage, Descriptor
 from chandlery.request_log import RequestLog
 from chandlery.tracing import Traces
 from servers import environment

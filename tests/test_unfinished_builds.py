@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from chandlery import image_name
 from chandlery.build_claims import BuildClaims
-from chandlery.image_name import Vocabulary
+from chandlery.image import name as image_name
+from chandlery.image.name import Vocabulary
 from chandlery.image_origin import BuildOptions, ImageOrigin
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.unfinished_builds import UnfinishedBuilds
 

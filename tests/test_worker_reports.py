@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from chandlery.metrics import Metrics
+from chandlery.telemetry.metrics import Metrics
 from chandlery.worker_reports import Report, ReportedBuild, WorkerReports
 
 BUILDS = [

@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import channel_server
 import debian_repository
 import git_server
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from channel_server import ChannelServer, tree_of_shape
 from debian_packages import Deb, program
 from debian_repository import SUITE, DebianRepository

@@ -17,14 +17,14 @@ from pathlib import Path
 import structlog
 from starlette.requests import Request
 
-from chandlery import image_name
 from chandlery.access_rules import AccessRules, Rule
 from chandlery.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
 from chandlery.client_address import client_address, client_network
 from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
-from chandlery.image_name import ImageRequest, Vocabulary
+from chandlery.image import name as image_name
+from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.machine.token_buckets import Buckets, SharedTokenBuckets, TokenBuckets
 from chandlery.public_address import PublicAddress
-from chandlery.rate_limit import Buckets, SharedTokenBuckets, TokenBuckets
 from chandlery.tokens import SERVICE, Grant, Tokens
 from chandlery.users import Users
 

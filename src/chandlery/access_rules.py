@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from chandlery.image_name import ImageRequest
+from chandlery.image.name import ImageRequest
 
 
 class Rule(BaseModel):

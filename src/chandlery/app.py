@@ -20,23 +20,22 @@ from chandlery.build_index import BuildIndex
 from chandlery.build_queue import BuildQueue, QueueLimits
 from chandlery.client_address import is_loopback, parse_networks
 from chandlery.debian_index import DebianMirrors
-from chandlery.download import Address, DownloadFailedError
 from chandlery.errors import ChandleryError, InvalidSourceError, SettingsError
 from chandlery.garbage_collector import use_interval
+from chandlery.image.name import LATEST, Vocabulary
+from chandlery.image.profile import SHIPPED
 from chandlery.image_builder import BuildCapacity, ImageBuilder
 from chandlery.image_maker import BuildLimits
-from chandlery.image_name import LATEST, Vocabulary
 from chandlery.image_origin import BuildOptions
-from chandlery.image_profile import SHIPPED
 from chandlery.leases import Leases
+from chandlery.machine.download import Address, DownloadFailedError
 from chandlery.maintenance import Work, by_one, in_background, maintained
-from chandlery.metrics import Metrics
 from chandlery.monitoring import Watchers
 from chandlery.nix import Nix, NixLimits
 from chandlery.nix_configuration import NixOptions
 from chandlery.nixpkgs_source import NixpkgsAddresses
 from chandlery.object_store import open_blob_store
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions
 from chandlery.popularity import Popularity
 from chandlery.popularity_tables import PopularityTables
@@ -49,6 +48,7 @@ from chandlery.root_layer import RootLayerOptions
 from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings
 from chandlery.sources import ConfiguredSource, Sources
+from chandlery.telemetry.metrics import Metrics
 from chandlery.tls import CertificateCopy, CertificateWatch
 from chandlery.tokens import Tokens, load_key
 from chandlery.users import Users

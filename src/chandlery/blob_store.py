@@ -4,7 +4,7 @@ A blob is written aside, synced, renamed to its place, and the folder is synced;
 or has all its bytes, whenever the machine stops. Blobs never change, hence putting one twice is harmless.
 
     <root>/blobs/sha256/<first two digits>/<64 digits>
-    <root>/tmp/                                            see `data_folder`
+    <root>/tmp/                                            see `machine.data_folder`
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from typing import Protocol, Self
 from anyio import open_file
 
 from chandlery.byte_range import ByteRange
-from chandlery.data_folder import TemporaryFolder, storage_errors
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError
-from chandlery.oci import Descriptor
+from chandlery.machine.data_folder import TemporaryFolder, storage_errors
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import Descriptor
 
 _READ_SIZE = 1 << 20
 _FOLDERS = tuple(f"{number:02x}" for number in range(256))

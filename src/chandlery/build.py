@@ -7,7 +7,7 @@ from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 
-from chandlery.build_timings import Timings
+from chandlery.telemetry.build_timings import Timings
 
 
 class BuildState(StrEnum):

@@ -16,7 +16,7 @@ from typing import Self
 
 import structlog
 
-from chandlery.data_folder import storage_errors, try_lock
+from chandlery.machine.data_folder import storage_errors, try_lock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

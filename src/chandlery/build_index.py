@@ -26,11 +26,11 @@ from typing import Any, Self, TypeVar
 import msgspec
 import structlog
 
-from chandlery.data_folder import is_full, locked
-from chandlery.digest import Digest
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.image_origin import ImageOrigin
-from chandlery.oci import BuiltImage, PackedLayer
+from chandlery.machine.data_folder import is_full, locked
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import BuiltImage, PackedLayer
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

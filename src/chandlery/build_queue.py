@@ -33,7 +33,7 @@ from chandlery.errors import (
     TooManyBuildsError,
 )
 from chandlery.failed_builds import FailedBuilds
-from chandlery.oci import BuiltImage
+from chandlery.oci.documents import BuiltImage
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

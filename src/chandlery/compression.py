@@ -18,7 +18,7 @@ import isal
 import zstandard
 from isal import isal_zlib
 
-from chandlery.oci import OCI_LAYER
+from chandlery.oci.documents import OCI_LAYER
 
 _GZIP_LEVEL = 2
 _ZSTD_LEVEL = 3

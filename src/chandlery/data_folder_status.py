@@ -15,8 +15,8 @@ import msgspec
 
 from chandlery import build_index
 from chandlery.build_index import IndexCounts
-from chandlery.data_folder import RunMarker
-from chandlery.digest import Digest
+from chandlery.machine.data_folder import RunMarker
+from chandlery.oci.digest import Digest
 
 # What stat(2) counts in, whatever blocks the file system has.
 _BLOCK = 512  # bytes

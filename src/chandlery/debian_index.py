@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from chandlery.data_folder import durably_replace
 from chandlery.debian_lock import DebianLock, parse_packages
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
-from chandlery.packing_processes import PackingProcesses
+from chandlery.machine.data_folder import durably_replace
+from chandlery.machine.process_pool import PackingProcesses
 
 log = structlog.get_logger()
 

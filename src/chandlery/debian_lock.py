@@ -21,8 +21,8 @@ from typing import Self
 import rustworkx
 from debian.debian_support import Version
 
-from chandlery.image_profile import BASE_PACKAGES, SHELL, SHIPPED
-from chandlery.oci import canonical_json
+from chandlery.image.profile import BASE_PACKAGES, SHELL, SHIPPED
+from chandlery.oci.documents import canonical_json
 from chandlery.package_graph import PackageGraph
 from chandlery.package_groups import MEASURE_VERSION, measure
 from chandlery.popularity import Popularity

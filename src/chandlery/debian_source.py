@@ -15,8 +15,8 @@ from chandlery.errors import (
     SourceUnavailableError,
     SuiteNotFoundError,
 )
-from chandlery.image_name import LATEST
-from chandlery.oci import ARCHITECTURES, Platform
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import ARCHITECTURES, Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import Misses, PinLimits, Pins, Resolved
 

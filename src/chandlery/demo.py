@@ -25,7 +25,7 @@ from rich.table import Table
 
 from chandlery import registry_client, sandbox
 from chandlery.errors import ChandleryError
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.registry_client import PulledImage
 
 _IMAGE = "shell/git/jq"

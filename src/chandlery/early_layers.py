@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from chandlery.closure import Closure, StorePath
 from chandlery.layer_plan import LayerGroup
-from chandlery.oci import PackedLayer
+from chandlery.oci.documents import PackedLayer
 
 # Seconds between looks at what is there.
 _INTERVAL = 0.5

@@ -26,12 +26,12 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 import structlog
 
 from chandlery.closure import StorePath
-from chandlery.data_folder import storage_errors
 from chandlery.errors import ChandleryError, NixError, ReferenceNotFoundError, SourceUnavailableError
 from chandlery.failure_memory import FailureMemory
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
+from chandlery.machine.data_folder import storage_errors
 from chandlery.nix_output import DerivationMissingError, LockedFlake
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits, Pins, Resolved
 

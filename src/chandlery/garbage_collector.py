@@ -27,10 +27,10 @@ import structlog
 
 from chandlery.blob_store import BlobInfo, BlobStore
 from chandlery.build_index import BuildIndex, RecordedImage
-from chandlery.digest import Digest
 from chandlery.errors import ChandleryError
 from chandlery.leases import Leases
 from chandlery.nix import Nix
+from chandlery.oci.digest import Digest
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -21,9 +21,9 @@ from secrets import token_hex
 
 import structlog
 
-from chandlery.data_folder import holding, storage_errors
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, StorageFullError
 from chandlery.git_address import GitAddress
+from chandlery.machine.data_folder import holding, storage_errors
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

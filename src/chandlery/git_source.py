@@ -22,11 +22,11 @@ import structlog
 from chandlery.errors import ChandleryError, ReferenceNotFoundError, SourceUnavailableError
 from chandlery.git_address import GitAddress
 from chandlery.git_repository import COMMIT, HEAD, GitLimits, GitRepository
-from chandlery.image_name import LATEST
-from chandlery.oci import Platform
+from chandlery.image.name import LATEST
+from chandlery.machine.token_buckets import TokenBuckets
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import REVISION_TAG_LENGTH, PinnedSource
 from chandlery.pins import Misses, PinLimits, Pins, Resolved
-from chandlery.rate_limit import TokenBuckets
 from chandlery.set_arguments import PinnedArguments, SetArguments
 from chandlery.source_trees import SourceTrees
 

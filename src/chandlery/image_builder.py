@@ -23,8 +23,6 @@ from chandlery.blob_store import BlobStore
 from chandlery.build import Build
 from chandlery.build_index import BuildIndex
 from chandlery.build_queue import TAKEN_OVER, BuildQueue, QueueLimits
-from chandlery.data_folder import TemporaryFolder
-from chandlery.digest import Digest
 from chandlery.errors import (
     BuildError,
     BuildPendingError,
@@ -36,17 +34,26 @@ from chandlery.errors import (
     PinPendingError,
     UnsupportedEntryError,
 )
+from chandlery.image.name import LATEST, ImageRequest
 from chandlery.image_maker import BuildLimits, ImageMaker, Job
-from chandlery.image_name import LATEST, ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.leases import Leases
-from chandlery.metrics import Metrics
+from chandlery.machine.data_folder import TemporaryFolder
 from chandlery.nix import Nix
-from chandlery.oci import INDEX_MEDIA_TYPE, BuiltImage, Descriptor, ManifestFormat, Platform, image_index
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
+    INDEX_MEDIA_TYPE,
+    BuiltImage,
+    Descriptor,
+    ManifestFormat,
+    Platform,
+    image_index,
+)
 from chandlery.pinned_source import PinnedSource
 from chandlery.popularity import Popularity
 from chandlery.popularity_tables import PopularityTables
 from chandlery.sources import Sources
+from chandlery.telemetry.metrics import Metrics
 from chandlery.unfinished_builds import UnfinishedBuilds
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

@@ -21,22 +21,21 @@ import structlog
 from chandlery.blob_store import BlobStore
 from chandlery.build import Build
 from chandlery.build_index import BuildIndex
-from chandlery.build_timings import Work
 from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
-from chandlery.digest import Digest
 from chandlery.early_layers import EarlyLayers, Expected
 from chandlery.errors import BuildTooLargeError, RevisionGoneError, StorageFullError
-from chandlery.image_name import ImageRequest
+from chandlery.image.name import ImageRequest
+from chandlery.image.profile import Profile
 from chandlery.image_origin import ImageOrigin
-from chandlery.image_profile import Profile
 from chandlery.layer_archive import layer_key, pack_store_paths
 from chandlery.layer_plan import STRATEGIES, LayerGroup
 from chandlery.leases import Lease
-from chandlery.metrics import Metrics
+from chandlery.machine.process_pool import PackingProcesses
 from chandlery.nix import Nix, Resolution
 from chandlery.nix_output import DerivationMissingError
-from chandlery.oci import (
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     MANIFEST_MEDIA_TYPE,
     OCI_CONFIG,
     BuiltImage,
@@ -48,9 +47,10 @@ from chandlery.oci import (
     image_manifest,
 )
 from chandlery.package_resolver import PackageResolver
-from chandlery.packing_processes import PackingProcesses
 from chandlery.popularity_tables import PopularityTables
 from chandlery.root_layer import MainPackage, RootLayer, pack_changed_root_layer, pack_root_layer
+from chandlery.telemetry.build_timings import Work
+from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -8,11 +8,11 @@ told from an origin is whether its source still has that revision; see `ImageBui
 from dataclasses import dataclass, field
 
 from chandlery.compression import COMPRESSIONS
-from chandlery.digest import Digest
-from chandlery.image_name import ImageRequest
+from chandlery.image.name import ImageRequest
 from chandlery.layer_archive import ARCHIVE_VERSION
 from chandlery.layer_plan import DEFAULT_STRATEGY, PLAN_VERSION
-from chandlery.oci import DOCUMENTS_VERSION
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import DOCUMENTS_VERSION
 from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import ROOT_LAYER_VERSION, RootLayerOptions
 

@@ -33,9 +33,9 @@ from pathlib import Path
 from chandlery.ahead import ahead
 from chandlery.closure import StorePath
 from chandlery.compression import COMPRESSIONS, Compression
-from chandlery.digest import Digest
 from chandlery.errors import StorageError, StorageFullError, UnsupportedEntryError
-from chandlery.oci import Descriptor, PackedLayer
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import Descriptor, PackedLayer
 from chandlery.store_reader import Entry, EntryKind, Reader, StoreReader
 
 ARCHIVE_VERSION = 1

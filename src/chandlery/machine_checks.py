@@ -23,14 +23,14 @@ import httpx
 
 from chandlery.app import access_control, certificate, configured_popularity, open_nix, open_sources
 from chandlery.certificate_check import CertificateRefusedError, good_until
-from chandlery.data_folder import RunMarker
 from chandlery.debian_index import DebianIndex, DebianMirrors
 from chandlery.doctor import Check, Outcome, Status, in_thread
 from chandlery.errors import ChandleryError
-from chandlery.image_name import LATEST
+from chandlery.image.name import LATEST
+from chandlery.machine.data_folder import RunMarker
 from chandlery.nix import Nix
 from chandlery.object_store import open_blob_store
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings, SourceSettings
 from chandlery.users import Users

@@ -13,12 +13,12 @@ import structlog
 
 from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
-from chandlery.data_folder import RunMarker, on_duty
-from chandlery.digest import Digest
 from chandlery.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.image_builder import ImageBuilder
 from chandlery.leases import Leases
+from chandlery.machine.data_folder import RunMarker, on_duty
 from chandlery.nix import Nix
+from chandlery.oci.digest import Digest
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Scrub, written_since
 from chandlery.settings import Settings

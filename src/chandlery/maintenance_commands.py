@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from chandlery import logs
 from chandlery.app import image_builder, open_parts
 from chandlery.command_options import AsJson, DataDir, SettingsFile
 from chandlery.data_folder_status import DataFolderStatus, examine
@@ -19,6 +18,7 @@ from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Finding, Scrub
 from chandlery.settings import Settings
+from chandlery.telemetry import logs
 
 Source = Annotated[
     str | None, typer.Option(help="The package set that images can be made of.", show_default=False)

@@ -27,8 +27,8 @@ from chandlery.build import Build
 from chandlery.build_queue import BuildQueue
 from chandlery.client_address import Network, client_address, is_trusted
 from chandlery.errors import ChandleryError
-from chandlery.metrics import Metrics
 from chandlery.readiness import Readiness
+from chandlery.telemetry.metrics import Metrics
 from chandlery.worker_reports import Report, ReportedBuild, WorkerReports
 
 _BUILD_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")

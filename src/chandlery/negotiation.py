@@ -11,8 +11,14 @@ from starlette.datastructures import Headers
 
 from chandlery import byte_range
 from chandlery.byte_range import ByteRange
-from chandlery.digest import Digest
-from chandlery.oci import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST, ManifestFormat
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
+    DOCKER_MANIFEST,
+    DOCKER_MANIFEST_LIST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    ManifestFormat,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from chandlery.build_timings import Timings
 from chandlery.closure import Closure, ClosureNode, StorePath
-from chandlery.data_folder import is_full, storage_errors
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
@@ -27,6 +25,7 @@ from chandlery.errors import (
     NixError,
     StorageFullError,
 )
+from chandlery.machine.data_folder import is_full, storage_errors
 from chandlery.nix_configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix_database import DatabaseUnreadableError, NixDatabase
 from chandlery.nix_evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
@@ -48,6 +47,7 @@ from chandlery.nix_output import (
 from chandlery.nix_process import Limits, Result, StoppedError, run
 from chandlery.pinned_source import PinnedSource
 from chandlery.store_gate import Passage, StoreGate
+from chandlery.telemetry.build_timings import Timings
 
 __all__ = ["EXPRESSIONS", "LockedFlake", "Nix", "NixLimits", "NixOptions", "Resolution"]
 

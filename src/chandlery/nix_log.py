@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from chandlery.build_timings import Work
+from chandlery.telemetry.build_timings import Work
 
 _MARK = b"@nix "
 # src/libutil/logging.hh: what an activity is, and what its results are.

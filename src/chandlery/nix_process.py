@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from chandlery import background
 from chandlery.errors import NixError, NixMissingError
+from chandlery.machine import niceness as background
 
 # Seconds that Nix has to stop its builders before it is killed: Nix 2.8 overlooks a signal that comes while
 # it starts a builder, and no second one helps.

@@ -21,7 +21,6 @@ from typing import Self
 
 import structlog
 
-from chandlery.download import Address, DownloadFailedError, DownloadLimits, fetch, fetch_text, retried
 from chandlery.errors import (
     ChandleryError,
     ReferenceNotFoundError,
@@ -29,13 +28,21 @@ from chandlery.errors import (
     SourceUnavailableError,
 )
 from chandlery.failure_memory import FailureMemory
-from chandlery.image_name import LATEST
-from chandlery.oci import Platform
+from chandlery.image.name import LATEST
+from chandlery.machine.download import (
+    Address,
+    DownloadFailedError,
+    DownloadLimits,
+    fetch,
+    fetch_text,
+    retried,
+)
+from chandlery.machine.tarball import TarballError, unpack
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import Misses, PinLimits, Pins, Resolved
 from chandlery.set_arguments import PinnedArguments, SetArguments
 from chandlery.source_trees import SourceTrees
-from chandlery.tarball import TarballError, unpack
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

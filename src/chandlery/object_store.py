@@ -30,10 +30,10 @@ from obstore.exceptions import BaseError
 from chandlery.blob_store import BlobInfo, BlobStore, FileBlobStore
 from chandlery.bucket import Bucket, Connection, Retries
 from chandlery.byte_range import ByteRange
-from chandlery.data_folder import TemporaryFolder
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, StorageError
-from chandlery.oci import Descriptor
+from chandlery.machine.data_folder import TemporaryFolder
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import Descriptor
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

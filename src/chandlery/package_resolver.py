@@ -13,11 +13,11 @@ from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
 from chandlery.build_index import BuildIndex
-from chandlery.digest import Digest
 from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
-from chandlery.metrics import Metrics
 from chandlery.nix import Nix, Resolution
+from chandlery.oci.digest import Digest
 from chandlery.pinned_source import PinnedSource
+from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError
-from chandlery.image_name import LATEST
-from chandlery.oci import Platform
+from chandlery.image.name import LATEST
+from chandlery.oci.documents import Platform
 from chandlery.pinned_source import PinnedSource
 from chandlery.pins import Pins
 from chandlery.set_arguments import LOCAL_LIMITS, PinnedArguments, SetArguments

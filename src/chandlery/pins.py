@@ -26,7 +26,6 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from chandlery.data_folder import durably_replace, locked_file, storage_errors
 from chandlery.errors import (
     ChandleryError,
     ReferenceNotFoundError,
@@ -34,7 +33,8 @@ from chandlery.errors import (
     StorageError,
     TooManyReferencesError,
 )
-from chandlery.rate_limit import TokenBuckets
+from chandlery.machine.data_folder import durably_replace, locked_file, storage_errors
+from chandlery.machine.token_buckets import TokenBuckets
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

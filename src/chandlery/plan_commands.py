@@ -15,24 +15,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from chandlery import image_name, logs
 from chandlery.app import open_parts, vocabulary
 from chandlery.binary_cache import crawl, open_cache, popularity_of
 from chandlery.closure import Closure
 from chandlery.closure_json import parse_closure
 from chandlery.command_options import DataDir, SettingsFile
 from chandlery.compression import COMPRESSIONS
-from chandlery.data_folder import TemporaryFolder
 from chandlery.errors import SettingsError
+from chandlery.image import name as image_name
+from chandlery.image.name import LATEST
 from chandlery.image_maker import MOST_STORE_PATH_LAYERS
-from chandlery.image_name import LATEST
 from chandlery.layer_archive import layer_key
 from chandlery.layer_plan import STRATEGIES, LayerGroup, Strategy
+from chandlery.machine.data_folder import TemporaryFolder
 from chandlery.package_graph import PackageGraph
 from chandlery.package_resolver import PackageResolver
 from chandlery.popularity import Popularity, known_name
 from chandlery.pull_simulation import Outcome, Simulation, Workload
 from chandlery.settings import Settings
+from chandlery.telemetry import logs
 
 _CACHE = "https://cache.nixos.org"
 # In every image, and in a shell: names of nixpkgs' store paths.

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from chandlery.oci import canonical_json
+from chandlery.oci.documents import canonical_json
 
 _VERSION = 1
 

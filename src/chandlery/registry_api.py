@@ -21,23 +21,23 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from chandlery import image_name
 from chandlery.access_control import TOKEN_PATH, AccessControl
 from chandlery.blob_store import BlobSource, content_of
 from chandlery.bounded_memory import BoundedMemory
 from chandlery.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
 from chandlery.client_address import Network, client_address
-from chandlery.digest import Digest
 from chandlery.endpoint import Endpoint, RefusedError, error_response
 from chandlery.errors import (
     BlobNotFoundError,
     BuildPendingError,
     ReferenceNotFoundError,
 )
+from chandlery.image import name as image_name
+from chandlery.image.name import ImageRequest, Vocabulary
 from chandlery.image_builder import Pulled
-from chandlery.image_name import ImageRequest, Vocabulary
 from chandlery.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
-from chandlery.oci import (
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
     DOCKER_MANIFEST,
     DOCKER_MANIFEST_LIST,
     OCI_INDEX,

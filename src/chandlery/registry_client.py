@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import msgspec
 
-from chandlery.digest import Digest
 from chandlery.errors import ChandleryError, InvalidDigestError
-from chandlery.oci import DOCKER_MANIFEST, OCI_MANIFEST
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import DOCKER_MANIFEST, OCI_MANIFEST
 
 _ACCEPT = f"{OCI_MANIFEST}, {DOCKER_MANIFEST}"
 

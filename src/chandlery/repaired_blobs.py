@@ -19,12 +19,12 @@ from chandlery.blob_store import BlobInfo, BlobStore, is_intact
 from chandlery.build_index import BuildIndex, RecordedBlob
 from chandlery.build_queue import SELF_REPAIR
 from chandlery.byte_range import ByteRange
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, ChandleryError, StorageError, TryAgainError
 from chandlery.image_builder import ImageBuilder
 from chandlery.image_origin import ImageOrigin
 from chandlery.leases import Lease
-from chandlery.oci import OCI_INDEX
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import OCI_INDEX
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

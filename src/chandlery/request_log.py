@@ -15,7 +15,7 @@ import structlog
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chandlery.metrics import Metrics
+from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -20,7 +20,7 @@ from itertools import chain
 
 from chandlery import alternatives
 from chandlery.closure import Closure, StorePath
-from chandlery.image_profile import Account
+from chandlery.image.profile import Account
 from chandlery.store_reader import Entry, EntryKind, Layout, Reader, follow
 
 # As symlinks in every distribution that has merged /usr (Debian: base-files); the rest only where they exist.

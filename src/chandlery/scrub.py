@@ -14,8 +14,8 @@ import structlog
 
 from chandlery.blob_store import BlobStore, is_intact
 from chandlery.build_index import BuildIndex
-from chandlery.digest import Digest
 from chandlery.errors import BlobNotFoundError, ChandleryError
+from chandlery.oci.digest import Digest
 from chandlery.repaired_blobs import RepairedBlobs
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

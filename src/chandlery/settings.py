@@ -25,16 +25,17 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from chandlery import image_name, setting_places
+from chandlery import setting_places
 from chandlery.access_rules import AccessRules
 from chandlery.bucket import Bucket
 from chandlery.client_address import parse_networks
 from chandlery.compression import COMPRESSIONS
-from chandlery.download import Address
-from chandlery.image_profile import SHIPPED, Profile
+from chandlery.image import name as image_name
+from chandlery.image.profile import SHIPPED, Profile
 from chandlery.layer_plan import DEFAULT_STRATEGY, STRATEGIES
+from chandlery.machine.download import Address
 from chandlery.nixery_environment import NixeryEnvironment
-from chandlery.oci import ARCHITECTURES
+from chandlery.oci.documents import ARCHITECTURES
 from chandlery.setting_errors import ContradictionError, nearest, settings_error
 from chandlery.setting_places import Origin, Places
 from chandlery.setting_values import leaves

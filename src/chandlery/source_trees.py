@@ -22,8 +22,8 @@ from secrets import token_hex
 
 import structlog
 
-from chandlery.data_folder import locked_file, storage_errors
 from chandlery.errors import TooManyReferencesError
+from chandlery.machine.data_folder import locked_file, storage_errors
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

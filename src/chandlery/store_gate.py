@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from chandlery.data_folder import holding, storage_errors
+from chandlery.machine.data_folder import holding, storage_errors
 
 
 class Passage:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from chandlery.access_control import AccessControl, Accounts
 from chandlery.authorization import Credentials, Password, parse_authorization, pull_scope, pull_scopes
 from chandlery.errors import CredentialsError
-from chandlery.image_name import Vocabulary
+from chandlery.image.name import Vocabulary
 
 # Passwords and scopes are short.
 _LARGEST_FORM = 16 << 10

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from chandlery.metrics import Figures
+from chandlery.telemetry.metrics import Figures
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

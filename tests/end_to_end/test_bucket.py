@@ -16,7 +16,7 @@ import httpx
 import obstore
 import pytest
 
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from chandlery.registry_client import PullError, pull
 from end_to_end.clients import ClientError, Containerd, Docker, Podman, Skopeo
 from package_sets import SOURCE

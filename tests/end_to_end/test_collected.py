@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chandlery.oci import OCI_MANIFEST
+from chandlery.oci.documents import OCI_MANIFEST
 from end_to_end.clients import Containerd, Docker, Podman, Skopeo
 from package_sets import SOURCE
 from servers import LIMIT, RunningServer, environment, serving

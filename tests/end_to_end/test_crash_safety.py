@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from package_sets import SOURCE
 from servers import LIMIT, RunningServer, serving
 

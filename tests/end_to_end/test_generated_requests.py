@@ -18,7 +18,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from end_to_end.conftest import require
 from end_to_end.generated_requests import FORGED, Request, broken_requests, requests
 from package_sets import SOURCE, Gates

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chandlery.digest import Digest
-from chandlery.oci import OCI_MANIFEST
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import OCI_MANIFEST
 from package_sets import SOURCE
 from servers import RunningServer, serving
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chandlery.oci import OCI_INDEX, Platform
+from chandlery.oci.documents import OCI_INDEX, Platform
 from end_to_end.clients import Containerd, Docker, Engine, Podman, Skopeo
 from end_to_end.conftest import Server
 from servers import RunningServer, serving

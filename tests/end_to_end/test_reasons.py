@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from chandlery.oci import Platform
+from chandlery.oci.documents import Platform
 from channel_server import SHAPE
 from end_to_end.clients import ClientError, Docker
 from servers import RunningServer, serving

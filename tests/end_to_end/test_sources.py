@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 import layers
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 from end_to_end.clients import Skopeo
 from servers import RunningServer, free_port, serving, wait_until
 from upstreams import NetworkUpstream, Upstream, Upstreams, upstreams

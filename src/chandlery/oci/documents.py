@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
-from chandlery.digest import Digest
+from chandlery.oci.digest import Digest
 
 # Images are functions of their content, so "created" can't be the time of the build. One second after the
 # epoch, as file times in the Nix store: some tools take 0 for "not set".

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from chandlery.errors import InvalidNameError, InvalidReferenceError
-from chandlery.image_profile import BASE_PACKAGES, SHIPPED, Profile
-from chandlery.oci import ARCHITECTURES, Platform
+from chandlery.image.profile import BASE_PACKAGES, SHIPPED, Profile
+from chandlery.oci.documents import ARCHITECTURES, Platform
 
 # distribution-spec, "Pulling manifests": the grammars of <name> and of a tag.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

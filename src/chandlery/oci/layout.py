@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 
-from chandlery.digest import Digest
 from chandlery.errors import StorageError
-from chandlery.oci import OCI_INDEX, BuiltImage, ManifestFormat, Platform, canonical_json
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import OCI_INDEX, BuiltImage, ManifestFormat, Platform, canonical_json
 
 _LAYOUT_FILE = canonical_json({"imageLayoutVersion": "1.0.0"})
 

@@ -15,9 +15,9 @@ from typing import ParamSpec, Self, TypeVar
 
 import structlog
 
-from chandlery import background
 from chandlery.errors import StorageError
-from chandlery.packer import ANSWER
+from chandlery.machine import niceness as background
+from chandlery.machine.process_pool_worker import ANSWER
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -97,7 +97,7 @@ class PackingProcesses:
                 return process
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-P", "-m", "chandlery.packer"),
+            *("-P", "-m", "chandlery.machine.process_pool_worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **_KEEP_MEMORY},

@@ -1,0 +1,1 @@
+"""What an image name means. Pure: no I/O."""

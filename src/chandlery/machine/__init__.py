@@ -1,0 +1,1 @@
+"""The machine: locks, files, processes, downloads, archives."""
