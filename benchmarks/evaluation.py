@@ -13,8 +13,8 @@ from rich.table import Table
 
 from chandlery.app import open_parts
 from chandlery.image.name import LATEST
-from chandlery.nix import EXPRESSIONS
-from chandlery.nix_configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
+from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
+from chandlery.nix.nix import EXPRESSIONS
 from chandlery.oci.documents import Platform
 from chandlery.package_resolver import PackageResolver
 from chandlery.settings import Settings

@@ -19,8 +19,8 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from chandlery.closure import Closure
 from chandlery.layer_plan import STRATEGIES, LayerGroup, Strategy
+from chandlery.nix.closure import Closure
 from chandlery.package_graph import PackageGraph
 from chandlery.package_groups import measure
 from chandlery.pull_simulation import Outcome, Simulation, Workload

@@ -21,18 +21,18 @@ from pathlib import Path
 from rich.table import Table
 
 from chandlery.app import Parts, open_parts
-from chandlery.blob_store import FileBlobStore
-from chandlery.closure import Closure
 from chandlery.compression import COMPRESSIONS
 from chandlery.image.name import LATEST, Vocabulary, of_parts
 from chandlery.image_maker import MOST_STORE_PATH_LAYERS
 from chandlery.layer_archive import archive, layer_entries, pack_store_paths
 from chandlery.layer_plan import STRATEGIES, LayerGroup
 from chandlery.machine.process_pool import PackingProcesses
+from chandlery.nix.closure import Closure
 from chandlery.oci.documents import Platform
 from chandlery.package_resolver import PackageResolver
 from chandlery.popularity import Popularity
 from chandlery.settings import Settings
+from chandlery.storage.blob_store import FileBlobStore
 from chandlery.store_reader import StoreReader
 
 _PACKAGES = ("git", "python3", "ffmpeg", "libreoffice-writer")

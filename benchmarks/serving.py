@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.servers import LIMIT, RunningServer, running
-from chandlery.nix_configuration import host_paths
+from chandlery.nix.configuration import host_paths
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import DOCKER_MANIFEST, DOCKER_MANIFEST_LIST, OCI_INDEX, OCI_MANIFEST
 

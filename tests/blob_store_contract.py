@@ -3,11 +3,11 @@
 import httpx
 import pytest
 
-from chandlery.blob_store import BlobInfo, BlobStore, content_of, local_files
-from chandlery.byte_range import ByteRange
 from chandlery.errors import BlobNotFoundError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor
+from chandlery.storage.blob_store import BlobInfo, BlobStore, content_of, local_files
+from chandlery.storage.byte_range import ByteRange
 
 # More than one block of any store, and no whole number of blocks.
 CONTENT = bytes(range(251)) * 20_000

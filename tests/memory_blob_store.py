@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from chandlery.blob_store import BlobInfo
-from chandlery.byte_range import ByteRange
 from chandlery.errors import BlobNotFoundError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor
+from chandlery.storage.blob_store import BlobInfo
+from chandlery.storage.byte_range import ByteRange
 
 
 class MemoryBlobStore:

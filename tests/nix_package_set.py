@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.nix import Nix, Resolution
+from chandlery.nix.nix import Nix, Resolution
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 
 SYSTEM = Platform.of_host().nix_system
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 
 _BASE_32 = "0123456789abcdfghijklmnpqrsvwxyz"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from chandlery.nix_configuration import host_paths
+from chandlery.nix.configuration import host_paths
 
 # Seconds, for what takes one or two.
 LIMIT = 60.0

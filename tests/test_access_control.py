@@ -15,18 +15,18 @@ import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from chandlery.access_control import AccessControl, Accounts, Client
-from chandlery.access_rules import AccessRules
-from chandlery.client_address import parse_networks
+from chandlery.access.client_address import parse_networks
+from chandlery.access.control import AccessControl, Accounts, Client
+from chandlery.access.public_address import PublicAddress
+from chandlery.access.rules import AccessRules
+from chandlery.access.tokens import Tokens
+from chandlery.access.users import Users
 from chandlery.errors import RateLimitError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import ManifestFormat
-from chandlery.public_address import PublicAddress
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
 from chandlery.telemetry import logs
-from chandlery.tokens import Tokens
-from chandlery.users import Users
 from memory_blob_store import MemoryBlobStore
 from test_registry_api import HOST, LAYER, OneImage, oci_error, one_image
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from chandlery.access_rules import AccessRules, Rule
+from chandlery.access.rules import AccessRules, Rule
 from chandlery.image.name import ImageRequest, Vocabulary, parse
 from chandlery.oci.documents import Platform
 

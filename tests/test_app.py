@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from chandlery.access_rules import Rule
+from chandlery.access.rules import Rule
 from chandlery.app import access_control, certificate, configured_popularity
 from chandlery.errors import SettingsError
 from chandlery.settings import Settings

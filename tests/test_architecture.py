@@ -24,7 +24,8 @@ LAYERS = (
     "monitoring readiness tracing",
     "worker_reports",
     "registry_api endpoint registry_client request_log waiting sandbox oci.layout prepared_answers",
-    "token_endpoint access_control client_address public_address users tokens tls",
+    "token_endpoint access.control access.client_address "
+    "access.public_address access.users access.tokens tls",
     "repaired_blobs scrub garbage_collector data_folder_status",
     "image_builder",
     "sources",
@@ -33,10 +34,11 @@ LAYERS = (
     "build_queue build_index package_resolver popularity_tables",
     "unfinished_builds",
     "build build_claims failed_builds",
-    "image_origin leases root_layer",
-    "nix",
-    "nix_database nix_evaluation store_gate layer_archive root_filesystem store_reader blob_store "
-    "object_store",
+    "image_origin storage.leases root_layer",
+    "nix.nix",
+    "nix.database nix.evaluation nix.store_lock "
+    "layer_archive root_filesystem store_reader storage.blob_store "
+    "storage.object_store",
     "layer_plan package_source alternatives compression binary_cache",
     "grouped_plan peer_plans simple_plans pull_simulation",
     "layer_group",
@@ -47,22 +49,22 @@ LAYERS = (
     "package_graph popularity",
     "pins folder_content machine.download machine.tarball failure_memory source_trees git_repository",
     "machine.data_folder machine.process_pool machine.token_buckets",
-    "nix_configuration nix_process",
-    "access_rules authorization nix_log nix_output",
-    "closure_json telemetry.build_timings",
-    "pinned_source closure image.name negotiation bucket git_address",
+    "nix.configuration nix.process",
+    "access.rules access.authorization nix.log nix.output",
+    "nix.closure_json telemetry.build_timings",
+    "nix.pinned_source nix.closure image.name negotiation storage.bucket git_address",
     "image.profile",
-    "oci.documents byte_range telemetry.logs telemetry.metrics bounded_memory",
+    "oci.documents storage.byte_range telemetry.logs telemetry.metrics bounded_memory",
     "oci.digest machine.niceness machine.process_pool_worker ahead",
     "errors",
 )
 
 # What decides does no I/O, and asks no clock.
 PURE = (
-    "access_rules alternatives authorization bounded_memory byte_range closure closure_json errors "
-    "git_address grouped_plan image.name image.profile layer_group layer_plan negotiation "
-    "oci.documents package_graph package_groups peer_plans pinned_source popularity pull_simulation "
-    "setting_values simple_plans"
+    "access.rules alternatives access.authorization bounded_memory storage.byte_range nix.closure "
+    "nix.closure_json errors git_address grouped_plan image.name image.profile layer_group "
+    "layer_plan negotiation oci.documents package_graph package_groups peer_plans nix.pinned_source "
+    "popularity pull_simulation setting_values simple_plans"
 )
 IMPURE_IMPORTS = {
     *("anyio", "asyncio", "httpx", "io", "multiprocessing", "os", "shutil", "socket", "sqlite3"),
@@ -70,7 +72,7 @@ IMPURE_IMPORTS = {
 }
 
 STARTS_PROGRAMS = (
-    "machine.process_pool nix_process nix_configuration debian_index sandbox demo git_repository"
+    "machine.process_pool nix.process nix.configuration debian_index sandbox demo git_repository"
 )
 # These pass the environment on to the programs that they start, and look for them on PATH.
 PASSES_THE_ENVIRONMENT_ON = STARTS_PROGRAMS
@@ -167,4 +169,4 @@ def test_only_one_module_calls_nix(module: str) -> None:
         and isinstance(node.value, str)
         and NIX_PROGRAM.fullmatch(node.value)
     }
-    assert bool(called) == (module == "nix")
+    assert bool(called) == (module == "nix.nix")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.authorization import (
+from chandlery.access.authorization import (
     MOST_SCOPES,
     BearerToken,
     Password,

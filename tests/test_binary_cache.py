@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from chandlery.binary_cache import CacheFolder, HttpCache, NarInfo, crawl, open_cache, popularity_of
-from chandlery.closure import StorePath
 from chandlery.errors import SourceUnavailableError
-from chandlery.nix import Nix, NixLimits, NixOptions
+from chandlery.nix.closure import StorePath
+from chandlery.nix.nix import Nix, NixLimits, NixOptions
 from nix_package_set import packages, requires_nix, resolve
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put
-from chandlery.blob_store import FileBlobStore
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.oci.digest import Digest
+from chandlery.storage.blob_store import FileBlobStore
 from memory_blob_store import MemoryBlobStore
 
 
@@ -95,7 +95,7 @@ async def test_a_blob_that_can_not_be_moved_into_place_is_a_storage_error(
 FILL_THE_DISK = """
 import asyncio, os, sys
 from pathlib import Path
-from chandlery.blob_store import FileBlobStore
+from chandlery.storage.blob_store import FileBlobStore
 from chandlery.errors import StorageFullError
 
 async def main():
@@ -134,7 +134,7 @@ def test_a_full_disk_while_a_file_is_written_says_so(store: FileBlobStore) -> No
 PUT_FOR_EVER = """
 import asyncio, itertools, os, sys
 from pathlib import Path
-from chandlery.blob_store import FileBlobStore
+from chandlery.storage.blob_store import FileBlobStore
 
 async def main():
     store = FileBlobStore(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
 import pytest
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError
 
-from chandlery.bucket import Bucket, Retries
 from chandlery.errors import SettingsError
+from chandlery.storage.bucket import Bucket, Retries
 
 RETRIES = Retries(0, 1.0)
 

@@ -16,6 +16,7 @@ from chandlery.errors import StorageError, StorageFullError
 from chandlery.image.name import ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.machine.data_folder import locked
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     OCI_CONFIG,
@@ -27,7 +28,6 @@ from chandlery.oci.documents import (
     PackedLayer,
     Platform,
 )
-from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import RootLayerOptions
 
 NAME = f"build-index-{SCHEMA_VERSION}.sqlite"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.byte_range import MOST_RANGES, ByteRange, Multipart, UnsatisfiableRangeError, parse
+from chandlery.storage.byte_range import MOST_RANGES, ByteRange, Multipart, UnsatisfiableRangeError, parse
 
 SIZE = 100
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.client_address import client_address, client_network, is_loopback, parse_networks
+from chandlery.access.client_address import client_address, client_network, is_loopback, parse_networks
 
 PROXIES = parse_networks(["127.0.0.1", "10.0.0.0/8", "fd00::/8"])
 

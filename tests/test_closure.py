@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 
 BASE_32 = "0123456789abcdfghijklmnpqrsvwxyz"
 store_paths = st.builds(

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from chandlery.closure_json import parse_closure
+from chandlery.nix.closure_json import parse_closure
 
 APP, LIB = f"/nix/store/{'0' * 32}-app-1", f"/nix/store/{'1' * 32}-lib-2"
 NODES: list[dict[str, Any]] = [

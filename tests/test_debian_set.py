@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from chandlery.alternatives import parse
-from chandlery.closure import Closure, StorePath
 from chandlery.debian_source import DebianSource
 from chandlery.errors import DownloadError
 from chandlery.image.name import LATEST
-from chandlery.nix import EXPRESSIONS, Nix, NixLimits, Resolution
+from chandlery.nix.closure import Closure, StorePath
+from chandlery.nix.nix import EXPRESSIONS, Nix, NixLimits, Resolution
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.store_reader import Entry, Layout, StoreReader
 from debian_packages import PACKAGES, Deb, Member, program
 from debian_repository import SECURITY, SUITE, DebianRepository, Fault, debian_repository
@@ -250,7 +250,7 @@ class TestThePackageSet:
 import asyncio, sys
 from pathlib import Path
 from chandlery.debian_index import DebianMirrors
-from chandlery.nix import Nix, NixLimits
+from chandlery.nix.nix import Nix, NixLimits
 from chandlery.oci.documents import Platform
 from chandlery.debian_source import DebianSource
 

@@ -10,8 +10,8 @@ from chandlery.debian_index import DebianMirrors, keep_lock
 from chandlery.debian_source import DebianSource
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, TooManyReferencesError
 from chandlery.image.name import LATEST
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import ARCHITECTURES, Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits
 from debian_packages import Deb
 from debian_repository import SUITE, DebianRepository, Fault, debian_repository

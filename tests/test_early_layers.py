@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from chandlery import early_layers
-from chandlery.closure import Closure, StorePath
 from chandlery.early_layers import EarlyLayers
 from chandlery.layer_plan import STRATEGIES, LayerGroup, Popularity, closure_of
+from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, Descriptor, PackedLayer
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import structlog
 
-from chandlery.closure import StorePath
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import (
     InvalidSourceError,
@@ -20,11 +19,12 @@ from chandlery.errors import (
 )
 from chandlery.flake_source import FlakeReference, FlakeSource
 from chandlery.image.name import LATEST
-from chandlery.nix import Nix, NixLimits
-from chandlery.nix_output import DerivationMissingError, LockedFlake
+from chandlery.nix.closure import StorePath
+from chandlery.nix.nix import Nix, NixLimits
+from chandlery.nix.output import DerivationMissingError, LockedFlake
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions, parse
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits
 from git_server import Fault, HttpServer, Repository, http_server
 from nix_package_set import SYSTEM, requires_nix, resolve

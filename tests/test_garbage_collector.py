@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
 from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval
 from chandlery.image.name import ImageRequest
 from chandlery.image_origin import BuildOptions, ImageOrigin
-from chandlery.leases import Leases
-from chandlery.nix import Nix, NixLimits
+from chandlery.nix.nix import Nix, NixLimits
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     OCI_CONFIG,
@@ -25,7 +24,8 @@ from chandlery.oci.documents import (
     PackedLayer,
     Platform,
 )
-from chandlery.pinned_source import PinnedSource
+from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.leases import Leases
 from workshop import a_request, opened
 
 HOUR = 3600.0

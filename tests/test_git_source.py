@@ -21,9 +21,9 @@ from chandlery.git_address import GitAddress
 from chandlery.git_repository import GitLimits
 from chandlery.git_source import GitSource
 from chandlery.image.name import LATEST
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions, parse
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits
 from chandlery.set_arguments import SetArguments
 from git_server import Fault, HttpServer, Repository, http_server, silent_server, ssh_server

@@ -22,7 +22,7 @@ from chandlery.errors import (
 )
 from chandlery.image_builder import BuildCapacity
 from chandlery.image_origin import BuildOptions
-from chandlery.nix import NixLimits
+from chandlery.nix.nix import NixLimits
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import CREATED, ManifestFormat, PackedLayer
 from chandlery.root_layer import RootLayerOptions

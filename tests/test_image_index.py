@@ -20,9 +20,9 @@ from chandlery.errors import (
 from chandlery.image import name as image_name
 from chandlery.image.name import Vocabulary
 from chandlery.image_builder import Pulled
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import DOCKER_MANIFEST_LIST, OCI_INDEX, ManifestFormat, Platform
 from chandlery.package_source import PackageSource
-from chandlery.pinned_source import PinnedSource
 from chandlery.repaired_blobs import RepairedBlobs
 from nix_package_set import source_of
 from workshop import Workshop, opened

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.blob_store import BlobInfo
 from chandlery.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.image_origin import ImageOrigin
-from chandlery.nix import NixLimits
+from chandlery.nix.nix import NixLimits
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage
+from chandlery.storage.blob_store import BlobInfo
 from workshop import Workshop, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.

@@ -6,8 +6,8 @@ from chandlery.compression import COMPRESSIONS
 from chandlery.image.name import ImageRequest
 from chandlery.image.profile import Profile
 from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import RootLayerOptions
 
 PIN = PinnedSource("path", "/srv/packages", "1" * 64)

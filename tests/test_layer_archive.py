@@ -266,7 +266,7 @@ def test_neither_process_nor_locale_nor_umask_nor_creation_order_reach_the_bytes
     again = PhysicalStore(tmp_path / "again/nix/store")
     again.add("hello-2.12", dict(reversed(HELLO.items())))
     program = (
-        "import sys; from pathlib import Path; from chandlery.closure import StorePath;"
+        "import sys; from pathlib import Path; from chandlery.nix.closure import StorePath;"
         "from chandlery.layer_archive import pack_store_paths;"
         "root, store_path, to = sys.argv[1:];"
         "print(pack_store_paths(Path(root), [StorePath(store_path)], 'gzip', Path(to)).descriptor.digest)"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.layer_plan import DEFAULT_STRATEGY, STRATEGIES, LayerGroup, Popularity, Strategy, closure_of
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.popularity import package_name
 
 BASE_32 = "0123456789abcdfghijklmnpqrsvwxyz"

@@ -3,8 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chandlery.leases import Leases
 from chandlery.oci.digest import Digest
+from chandlery.storage.leases import Leases
 
 BLOB, OTHER = Digest.of(b"blob"), Digest.of(b"other")
 
@@ -47,7 +47,7 @@ TAKE = """
 import asyncio, sys
 from pathlib import Path
 from chandlery.oci.digest import Digest
-from chandlery.leases import Leases
+from chandlery.storage.leases import Leases
 
 async def main():
     with Leases(Path(sys.argv[1])) as leases:

@@ -12,9 +12,9 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from chandlery import monitoring, registry_api
+from chandlery.access.client_address import parse_networks
 from chandlery.build import Build
 from chandlery.build_queue import BuildQueue, QueueLimits
-from chandlery.client_address import parse_networks
 from chandlery.errors import BuildError, StorageFullError
 from chandlery.image.name import Vocabulary
 from chandlery.image_builder import Pulled

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chandlery.closure import StorePath
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
@@ -23,10 +22,11 @@ from chandlery.errors import (
     RevisionGoneError,
     StorageFullError,
 )
-from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
-from chandlery.nix_configuration import host_paths
-from chandlery.nix_output import DerivationMissingError, build_error
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.closure import StorePath
+from chandlery.nix.configuration import host_paths
+from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix.output import DerivationMissingError, build_error
+from chandlery.nix.pinned_source import PinnedSource
 from nix_package_set import SYSTEM, packages, requires_nix, resolve, source_of
 from ordinary_user import ordinary_folder, run_as_ordinary_user
 from processes import running
@@ -895,8 +895,8 @@ def test_an_ordinary_user_can_build_in_a_store_of_its_own() -> None:
     script = """
 import asyncio, sys
 from pathlib import Path
-from chandlery.nix import Nix, NixLimits
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.nix import Nix, NixLimits
+from chandlery.nix.pinned_source import PinnedSource
 
 async def main(folder: Path) -> None:
     nix = Nix(folder / "store", NixLimits())

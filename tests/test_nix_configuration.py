@@ -13,8 +13,8 @@ from threading import Thread
 import pytest
 
 from chandlery.errors import BuildError
-from chandlery.nix import Nix, NixLimits, NixOptions
-from chandlery.nix_configuration import NixConfiguration, Purpose, host_paths
+from chandlery.nix.configuration import NixConfiguration, Purpose, host_paths
+from chandlery.nix.nix import Nix, NixLimits, NixOptions
 from nix_package_set import packages, requires_nix, resolve
 
 pytestmark = [pytest.mark.nix, requires_nix]

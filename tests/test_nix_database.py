@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
-from chandlery.nix_configuration import host_paths
-from chandlery.nix_database import DatabaseUnreadableError, NixDatabase
+from chandlery.nix.configuration import host_paths
+from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
+from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from nix_package_set import packages, requires_nix, resolve
 
 pytestmark = [requires_nix, pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]

@@ -27,9 +27,9 @@ from chandlery.errors import (
     UnsupportedSystemError,
     evaluation_error,
 )
-from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
-from chandlery.nix_configuration import host_paths
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.configuration import host_paths
+from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix.pinned_source import PinnedSource
 from nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix, resolve, source_of
 
 pytestmark = [pytest.mark.nix, requires_nix]

@@ -13,9 +13,9 @@ from threading import Thread
 import pytest
 
 from chandlery.errors import NixError
-from chandlery.nix import LockedFlake, Nix, NixLimits, NixOptions
-from chandlery.nix_configuration import host_paths
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.configuration import host_paths
+from chandlery.nix.nix import LockedFlake, Nix, NixLimits, NixOptions
+from chandlery.nix.pinned_source import PinnedSource
 from nix_package_set import NIXPKGS_SHAPE, SYSTEM, requires_nix
 
 pytestmark = [pytest.mark.nix, requires_nix]

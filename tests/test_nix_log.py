@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.nix_log import NixLog
+from chandlery.nix.log import NixLog
 from chandlery.telemetry.build_timings import Work
 
 

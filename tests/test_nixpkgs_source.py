@@ -25,11 +25,11 @@ from chandlery.errors import (
 )
 from chandlery.image.name import LATEST
 from chandlery.machine.download import DownloadLimits
-from chandlery.nix import Nix, NixLimits
+from chandlery.nix.nix import Nix, NixLimits
+from chandlery.nix.pinned_source import NIXPKGS, PinnedSource
 from chandlery.nixpkgs_source import NixpkgsAddresses, NixpkgsSource
 from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions, parse
-from chandlery.pinned_source import NIXPKGS, PinnedSource
 from chandlery.pins import PinLimits
 from chandlery.set_arguments import SetArguments
 from channel_server import ChannelServer, Fault, channel_server, tarball, tree_of_shape

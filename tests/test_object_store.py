@@ -13,13 +13,13 @@ import obstore
 import pytest
 
 from blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put, read
-from chandlery.blob_store import FileBlobStore
-from chandlery.bucket import Bucket
-from chandlery.byte_range import ByteRange
 from chandlery.errors import BlobNotFoundError, SettingsError, StorageError
-from chandlery.object_store import ObjectBlobStore, open_blob_store
 from chandlery.oci.digest import Digest
 from chandlery.settings import Settings
+from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.bucket import Bucket
+from chandlery.storage.byte_range import ByteRange
+from chandlery.storage.object_store import ObjectBlobStore, open_blob_store
 from swift_server import KEY, Swift, swift
 
 
@@ -85,9 +85,9 @@ async def test_many_puts_of_one_blob_at_once_agree(store: ObjectBlobStore) -> No
 PUT_500_MB = """
 import asyncio, resource, sys
 from pathlib import Path
-from chandlery.bucket import Bucket
+from chandlery.storage.bucket import Bucket
 from chandlery.oci.digest import Digest
-from chandlery.object_store import ObjectBlobStore
+from chandlery.storage.object_store import ObjectBlobStore
 
 async def main(bucket, endpoint, user, key, folder):
     options = {"endpoint": endpoint, "access_key_id": user, "secret_access_key": key}

@@ -5,9 +5,9 @@ import pytest
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import InvalidSourceError, SourceUnavailableError
 from chandlery.image.name import LATEST
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.package_source import parse
-from chandlery.pinned_source import PinnedSource
 
 AMD64 = Platform("linux", "amd64")
 

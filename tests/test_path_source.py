@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError
 from chandlery.folder_content import FolderContent
 from chandlery.image.name import LATEST
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.path_source import PathSource
-from chandlery.pinned_source import PinnedSource
 from chandlery.set_arguments import SetArguments
 
 HOST = Platform.of_host()

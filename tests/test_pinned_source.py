@@ -1,7 +1,7 @@
 import pytest
 
 from chandlery.errors import RevisionGoneError
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.pinned_source import PinnedSource
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from chandlery.access_control import AccessControl
-from chandlery.access_rules import AccessRules
+from chandlery.access.control import AccessControl
+from chandlery.access.public_address import PublicAddress
+from chandlery.access.rules import AccessRules
 from chandlery.build_index import BuildIndex
 from chandlery.errors import BuildError, ChandleryError, SourceUnavailableError
 from chandlery.oci.digest import Digest
@@ -33,7 +34,6 @@ from chandlery.oci.documents import (
     image_index,
 )
 from chandlery.prepared_answers import LastingResponse, PreparedAnswers, keep
-from chandlery.public_address import PublicAddress
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
 from chandlery.telemetry.metrics import Metrics

@@ -1,8 +1,8 @@
 import pytest
 from starlette.requests import Request
 
-from chandlery.client_address import parse_networks
-from chandlery.public_address import PublicAddress
+from chandlery.access.client_address import parse_networks
+from chandlery.access.public_address import PublicAddress
 
 PROXY = parse_networks(["10.0.0.0/8"])
 

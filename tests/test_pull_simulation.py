@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from chandlery.closure import Closure
 from chandlery.layer_plan import STRATEGIES, LayerGroup
+from chandlery.nix.closure import Closure
 from chandlery.package_graph import PackageGraph
 from chandlery.pull_simulation import Simulation, Workload
 

@@ -24,8 +24,7 @@ from starlette.types import Message, Scope
 from structlog.testing import capture_logs
 
 from chandlery import endpoint, errors, registry_api
-from chandlery.blob_store import BlobInfo, BlobStore, FileBlobStore
-from chandlery.client_address import parse_networks
+from chandlery.access.client_address import parse_networks
 from chandlery.endpoint import ANSWERS
 from chandlery.errors import (
     BlobNotFoundError,
@@ -46,6 +45,7 @@ from chandlery.errors import (
 from chandlery.image import name as image_name
 from chandlery.image.name import ImageRequest, Vocabulary
 from chandlery.image_builder import Pulled
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     DOCKER_MANIFEST,
@@ -63,9 +63,9 @@ from chandlery.oci.documents import (
     image_index,
     image_manifest,
 )
-from chandlery.pinned_source import PinnedSource
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
+from chandlery.storage.blob_store import BlobInfo, BlobStore, FileBlobStore
 from chandlery.waiting import WaitPolicy
 from memory_blob_store import MemoryBlobStore
 
@@ -792,8 +792,8 @@ from granian.server.embed import Server
 from starlette.applications import Starlette
 from starlette.types import Message, Scope
 from starlette.middleware import Middleware
-from chandlery.blob_store import BlobStore, FileBlobStore
-from chandlery.pinned_source import PinnedSource
+from chandlery.storage.blob_store import BlobStore, FileBlobStore
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.registry_api import routes
 from chandlery.request_log import RequestLog
 from test_registry_api import HOST, OneImage, one_image

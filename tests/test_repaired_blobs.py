@@ -9,7 +9,6 @@ import pytest
 import pytest_asyncio
 
 import layers
-from chandlery.blob_store import BlobInfo
 from chandlery.build_queue import SELF_REPAIR
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import BlobNotFoundError, BuildPendingError
@@ -21,6 +20,7 @@ from chandlery.package_source import PackageSource, parse
 from chandlery.popularity import Popularity
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.root_layer import RootLayerOptions
+from chandlery.storage.blob_store import BlobInfo
 from workshop import Workshop, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.

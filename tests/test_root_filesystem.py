@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.closure import StorePath
 from chandlery.image.profile import Account
 from chandlery.layer_archive import archive
+from chandlery.nix.closure import StorePath
 from chandlery.root_filesystem import main_program, program_named, root_filesystem
 from chandlery.store_reader import Entry, EntryKind, StoreReader
 from physical_store import Executable, Link, PhysicalStore, Tree, closure_of

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.blob_store import BlobInfo, is_intact
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Finding, Problem, Scrub, written_since
+from chandlery.storage.blob_store import BlobInfo, is_intact
 from memory_blob_store import MemoryBlobStore
 from test_repaired_blobs import a_blob, flip
 from workshop import Workshop, opened

@@ -1,7 +1,7 @@
 import asyncio
 from pathlib import Path
 
-from chandlery.store_gate import Passage, StoreGate
+from chandlery.nix.store_lock import Passage, StoreGate
 
 
 async def collect(gate: StoreGate, said: list[str]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chandlery.access.tokens import Grant, Tokens, load_key
 from chandlery.errors import CredentialsError, SettingsError
-from chandlery.tokens import Grant, Tokens, load_key
 
 KEY = b"k" * 32
 GRANTS = st.builds(Grant, st.text(), st.text(), st.frozensets(st.text(), max_size=5))

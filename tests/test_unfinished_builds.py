@@ -7,8 +7,8 @@ from chandlery.build_claims import BuildClaims
 from chandlery.image import name as image_name
 from chandlery.image.name import Vocabulary
 from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.unfinished_builds import UnfinishedBuilds
 
 

@@ -8,8 +8,8 @@ import bcrypt
 import pytest
 from structlog.testing import capture_logs
 
+from chandlery.access.users import Users
 from chandlery.errors import SettingsError
-from chandlery.users import Users
 
 # Made by crypt(3) of libxcrypt, with the prefix that `htpasswd -B` writes.
 WONDERLAND = "$2y$04$abcdefghijklmnopqrstuujZkTwHUiJ9XdZPwKfcfDo7dMp5DjlTu"

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import layers
-from chandlery.blob_store import FileBlobStore
 from chandlery.build_index import BuildIndex
-from chandlery.closure import Closure, StorePath
 from chandlery.debian_index import DebianMirrors
 from chandlery.image import name as image_name
 from chandlery.image.name import LATEST, ImageRequest, Vocabulary
 from chandlery.image_builder import BuildCapacity, ImageBuilder
 from chandlery.image_origin import BuildOptions
-from chandlery.leases import Leases
-from chandlery.nix import Nix, NixLimits, NixOptions, Resolution
-from chandlery.nix_configuration import host_paths
+from chandlery.nix.closure import Closure, StorePath
+from chandlery.nix.configuration import host_paths
+from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, ManifestFormat, PackedLayer, Platform
 from chandlery.package_source import PackageSource, parse
-from chandlery.pinned_source import PinnedSource
 from chandlery.popularity import Popularity
 from chandlery.sources import Sources
+from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.leases import Leases
 from package_sets import SOURCE, Gates
 
 HOST = Platform.of_host()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from chandlery.closure import StorePath
+from chandlery.nix.closure import StorePath
 
 _MASTER_FIELDS = 4
 _SLAVE_FIELDS = 3

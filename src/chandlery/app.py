@@ -14,11 +14,13 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from chandlery import monitoring, package_source
-from chandlery.access_control import AccessControl, Accounts
-from chandlery.blob_store import BlobStore
+from chandlery.access.client_address import is_loopback, parse_networks
+from chandlery.access.control import AccessControl, Accounts
+from chandlery.access.public_address import PublicAddress
+from chandlery.access.tokens import Tokens, load_key
+from chandlery.access.users import Users
 from chandlery.build_index import BuildIndex
 from chandlery.build_queue import BuildQueue, QueueLimits
-from chandlery.client_address import is_loopback, parse_networks
 from chandlery.debian_index import DebianMirrors
 from chandlery.errors import ChandleryError, InvalidSourceError, SettingsError
 from chandlery.garbage_collector import use_interval
@@ -27,20 +29,17 @@ from chandlery.image.profile import SHIPPED
 from chandlery.image_builder import BuildCapacity, ImageBuilder
 from chandlery.image_maker import BuildLimits
 from chandlery.image_origin import BuildOptions
-from chandlery.leases import Leases
 from chandlery.machine.download import Address, DownloadFailedError
 from chandlery.maintenance import Work, by_one, in_background, maintained
 from chandlery.monitoring import Watchers
-from chandlery.nix import Nix, NixLimits
-from chandlery.nix_configuration import NixOptions
+from chandlery.nix.configuration import NixOptions
+from chandlery.nix.nix import Nix, NixLimits
 from chandlery.nixpkgs_source import NixpkgsAddresses
-from chandlery.object_store import open_blob_store
 from chandlery.oci.documents import Platform
 from chandlery.package_source import SourceOptions
 from chandlery.popularity import Popularity
 from chandlery.popularity_tables import PopularityTables
 from chandlery.prepared_answers import PreparedAnswers
-from chandlery.public_address import PublicAddress
 from chandlery.readiness import Readiness
 from chandlery.registry_api import Access, routes
 from chandlery.request_log import RequestLog
@@ -48,10 +47,11 @@ from chandlery.root_layer import RootLayerOptions
 from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings
 from chandlery.sources import ConfiguredSource, Sources
+from chandlery.storage.blob_store import BlobStore
+from chandlery.storage.leases import Leases
+from chandlery.storage.object_store import open_blob_store
 from chandlery.telemetry.metrics import Metrics
 from chandlery.tls import CertificateCopy, CertificateWatch
-from chandlery.tokens import Tokens, load_key
-from chandlery.users import Users
 from chandlery.waiting import WaitPolicy
 from chandlery.worker_reports import WorkerReports
 

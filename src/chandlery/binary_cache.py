@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from chandlery.closure import StorePath
 from chandlery.errors import SourceUnavailableError
+from chandlery.nix.closure import StorePath
 from chandlery.package_graph import PackageGraph
 from chandlery.package_groups import measure
 from chandlery.popularity import Popularity, output_name

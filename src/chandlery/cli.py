@@ -23,17 +23,15 @@ from starlette.applications import Starlette
 
 import chandlery.demo
 from chandlery import __version__, maintenance_commands, plan_commands, settings_commands
+from chandlery.access.client_address import is_loopback
 from chandlery.app import access_control, certificate, create_app, image_builder, open_parts, vocabulary
-from chandlery.blob_store import BlobStore, content_md5, content_of, local_files
-from chandlery.client_address import is_loopback
-from chandlery.closure import StorePath
 from chandlery.command_options import DataDir, SettingsFile
 from chandlery.errors import ChandleryError, PackagesNotFoundError, SettingsError
 from chandlery.image import name as image_name
 from chandlery.image.name import LATEST, ImageRequest
 from chandlery.machine.data_folder import TemporaryFolder
-from chandlery.nix import Nix
-from chandlery.object_store import check_storage
+from chandlery.nix.closure import StorePath
+from chandlery.nix.nix import Nix
 from chandlery.oci import layout as image_output
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, ManifestFormat
@@ -41,6 +39,8 @@ from chandlery.popularity import Popularity
 from chandlery.root_layer import RootLayerOptions
 from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings
+from chandlery.storage.blob_store import BlobStore, content_md5, content_of, local_files
+from chandlery.storage.object_store import check_storage
 from chandlery.telemetry import logs
 from chandlery.telemetry.build_timings import WorkTime
 from chandlery.tls import OLDEST_PROTOCOL, CertificateCopy

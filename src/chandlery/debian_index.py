@@ -29,7 +29,7 @@ log = structlog.get_logger()
 # Revisions that are kept, 28 MB each: the newest, and those that images in use were made at (`keep`).
 KEPT_LOCKS = 16
 
-_ALIASES = Path(__file__).parent / "nix" / "debian_aliases.json"
+_ALIASES = Path(__file__).parent / "nix" / "expressions" / "debian_aliases.json"
 _COMPONENT = "main"
 _POPULARITY = "popularity.json"
 _REVISION_LENGTH = 64

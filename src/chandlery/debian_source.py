@@ -16,8 +16,8 @@ from chandlery.errors import (
     SuiteNotFoundError,
 )
 from chandlery.image.name import LATEST
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import ARCHITECTURES, Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import Misses, PinLimits, Pins, Resolved
 
 SUITE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")

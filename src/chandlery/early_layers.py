@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from chandlery.closure import Closure, StorePath
 from chandlery.layer_plan import LayerGroup
+from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.documents import PackedLayer
 
 # Seconds between looks at what is there.

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chandlery import prepared_answers
-from chandlery.access_control import AccessControl
+from chandlery.access.control import AccessControl
 from chandlery.errors import (
     BlobNotFoundError,
     BrokenError,

@@ -25,14 +25,14 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import structlog
 
-from chandlery.closure import StorePath
 from chandlery.errors import ChandleryError, NixError, ReferenceNotFoundError, SourceUnavailableError
 from chandlery.failure_memory import FailureMemory
 from chandlery.image.name import LATEST
 from chandlery.machine.data_folder import storage_errors
-from chandlery.nix_output import DerivationMissingError, LockedFlake
+from chandlery.nix.closure import StorePath
+from chandlery.nix.output import DerivationMissingError, LockedFlake
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits, Pins, Resolved
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from chandlery.blob_store import BlobInfo, BlobStore
 from chandlery.build_index import BuildIndex, RecordedImage
 from chandlery.errors import ChandleryError
-from chandlery.leases import Leases
-from chandlery.nix import Nix
+from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest
+from chandlery.storage.blob_store import BlobInfo, BlobStore
+from chandlery.storage.leases import Leases
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -24,8 +24,8 @@ from chandlery.git_address import GitAddress
 from chandlery.git_repository import COMMIT, HEAD, GitLimits, GitRepository
 from chandlery.image.name import LATEST
 from chandlery.machine.token_buckets import TokenBuckets
+from chandlery.nix.pinned_source import REVISION_TAG_LENGTH, PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import REVISION_TAG_LENGTH, PinnedSource
 from chandlery.pins import Misses, PinLimits, Pins, Resolved
 from chandlery.set_arguments import PinnedArguments, SetArguments
 from chandlery.source_trees import SourceTrees

@@ -5,8 +5,8 @@ docs/layering.md has the reasons and the measurements.
 
 from collections.abc import Mapping
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.layer_group import LayerGroup, check_budget, needs, stacked
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.popularity import Popularity, known_name
 
 # Layers of the tail. Fewer leave more layers for single packages, more are spoilt less by an update.

@@ -19,7 +19,6 @@ from typing import Self
 
 import structlog
 
-from chandlery.blob_store import BlobStore
 from chandlery.build import Build
 from chandlery.build_index import BuildIndex
 from chandlery.build_queue import TAKEN_OVER, BuildQueue, QueueLimits
@@ -37,9 +36,9 @@ from chandlery.errors import (
 from chandlery.image.name import LATEST, ImageRequest
 from chandlery.image_maker import BuildLimits, ImageMaker, Job
 from chandlery.image_origin import BuildOptions, ImageOrigin
-from chandlery.leases import Leases
 from chandlery.machine.data_folder import TemporaryFolder
-from chandlery.nix import Nix
+from chandlery.nix.nix import Nix
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     INDEX_MEDIA_TYPE,
@@ -49,10 +48,11 @@ from chandlery.oci.documents import (
     Platform,
     image_index,
 )
-from chandlery.pinned_source import PinnedSource
 from chandlery.popularity import Popularity
 from chandlery.popularity_tables import PopularityTables
 from chandlery.sources import Sources
+from chandlery.storage.blob_store import BlobStore
+from chandlery.storage.leases import Leases
 from chandlery.telemetry.metrics import Metrics
 from chandlery.unfinished_builds import UnfinishedBuilds
 

@@ -18,10 +18,8 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from chandlery.blob_store import BlobStore
 from chandlery.build import Build
 from chandlery.build_index import BuildIndex
-from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.early_layers import EarlyLayers, Expected
 from chandlery.errors import BuildTooLargeError, RevisionGoneError, StorageFullError
@@ -30,10 +28,10 @@ from chandlery.image.profile import Profile
 from chandlery.image_origin import ImageOrigin
 from chandlery.layer_archive import layer_key, pack_store_paths
 from chandlery.layer_plan import STRATEGIES, LayerGroup
-from chandlery.leases import Lease
 from chandlery.machine.process_pool import PackingProcesses
-from chandlery.nix import Nix, Resolution
-from chandlery.nix_output import DerivationMissingError
+from chandlery.nix.closure import Closure, StorePath
+from chandlery.nix.nix import Nix, Resolution
+from chandlery.nix.output import DerivationMissingError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     MANIFEST_MEDIA_TYPE,
@@ -49,6 +47,8 @@ from chandlery.oci.documents import (
 from chandlery.package_resolver import PackageResolver
 from chandlery.popularity_tables import PopularityTables
 from chandlery.root_layer import MainPackage, RootLayer, pack_changed_root_layer, pack_root_layer
+from chandlery.storage.blob_store import BlobStore
+from chandlery.storage.leases import Lease
 from chandlery.telemetry.build_timings import Work
 from chandlery.telemetry.metrics import Metrics
 

@@ -11,9 +11,9 @@ from chandlery.compression import COMPRESSIONS
 from chandlery.image.name import ImageRequest
 from chandlery.layer_archive import ARCHIVE_VERSION
 from chandlery.layer_plan import DEFAULT_STRATEGY, PLAN_VERSION
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import DOCUMENTS_VERSION
-from chandlery.pinned_source import PinnedSource
 from chandlery.root_layer import ROOT_LAYER_VERSION, RootLayerOptions
 
 

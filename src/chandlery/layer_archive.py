@@ -31,9 +31,9 @@ from operator import itemgetter
 from pathlib import Path
 
 from chandlery.ahead import ahead
-from chandlery.closure import StorePath
 from chandlery.compression import COMPRESSIONS, Compression
 from chandlery.errors import StorageError, StorageFullError, UnsupportedEntryError
+from chandlery.nix.closure import StorePath
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor, PackedLayer
 from chandlery.store_reader import Entry, EntryKind, Reader, StoreReader

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
-from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.popularity import known_name
 
 

@@ -19,9 +19,9 @@ all three belong to the key of what is made with it.
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.grouped_plan import grouped
 from chandlery.layer_group import LayerGroup, Strategy
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.peer_plans import nixery, popularity_contest
 from chandlery.popularity import Popularity
 from chandlery.simple_plans import largest_alone, one_per_path

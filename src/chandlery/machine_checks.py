@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from chandlery.access.users import Users
 from chandlery.app import access_control, certificate, configured_popularity, open_nix, open_sources
 from chandlery.certificate_check import CertificateRefusedError, good_until
 from chandlery.debian_index import DebianIndex, DebianMirrors
@@ -28,12 +29,11 @@ from chandlery.doctor import Check, Outcome, Status, in_thread
 from chandlery.errors import ChandleryError
 from chandlery.image.name import LATEST
 from chandlery.machine.data_folder import RunMarker
-from chandlery.nix import Nix
-from chandlery.object_store import open_blob_store
+from chandlery.nix.nix import Nix
 from chandlery.oci.documents import Platform
 from chandlery.setting_values import without_secrets
 from chandlery.settings import Settings, SourceSettings
-from chandlery.users import Users
+from chandlery.storage.object_store import open_blob_store
 
 # What nix.py calls is not in older ones, and the oldest that the tests run with.
 _OLDEST_NIX, _OLDEST_TESTED_NIX = (2, 4), (2, 8)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import structlog
 
-from chandlery.blob_store import BlobStore
 from chandlery.build_index import BuildIndex
 from chandlery.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.image_builder import ImageBuilder
-from chandlery.leases import Leases
 from chandlery.machine.data_folder import RunMarker, on_duty
-from chandlery.nix import Nix
+from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest
 from chandlery.repaired_blobs import RepairedBlobs
 from chandlery.scrub import Scrub, written_since
 from chandlery.settings import Settings
+from chandlery.storage.blob_store import BlobStore
+from chandlery.storage.leases import Leases
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from chandlery.access.client_address import Network, client_address, is_trusted
 from chandlery.build import Build
 from chandlery.build_queue import BuildQueue
-from chandlery.client_address import Network, client_address, is_trusted
 from chandlery.errors import ChandleryError
 from chandlery.readiness import Readiness
 from chandlery.telemetry.metrics import Metrics

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
-from chandlery import byte_range
-from chandlery.byte_range import ByteRange
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     DOCKER_MANIFEST,
@@ -19,6 +17,8 @@ from chandlery.oci.documents import (
     OCI_MANIFEST,
     ManifestFormat,
 )
+from chandlery.storage import byte_range
+from chandlery.storage.byte_range import ByteRange
 
 
 @dataclass(frozen=True, slots=True)

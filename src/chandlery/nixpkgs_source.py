@@ -38,8 +38,8 @@ from chandlery.machine.download import (
     retried,
 )
 from chandlery.machine.tarball import TarballError, unpack
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import Misses, PinLimits, Pins, Resolved
 from chandlery.set_arguments import PinnedArguments, SetArguments
 from chandlery.source_trees import SourceTrees

@@ -14,9 +14,9 @@ from rapidfuzz.distance import OSA
 
 from chandlery.build_index import BuildIndex
 from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
-from chandlery.nix import Nix, Resolution
+from chandlery.nix.nix import Nix, Resolution
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
-from chandlery.pinned_source import PinnedSource
 from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

@@ -18,10 +18,10 @@ from chandlery.errors import InvalidSourceError
 from chandlery.flake_source import FlakeReference, FlakeSource, FlakeStore
 from chandlery.git_address import GitAddress
 from chandlery.git_source import FRESH, REFERENCE, GitSource
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.nixpkgs_source import CHANNEL, NIXOS, NixpkgsAddresses, NixpkgsSource
 from chandlery.oci.documents import Platform
 from chandlery.path_source import PathSource
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import PinLimits
 from chandlery.set_arguments import SetArguments
 

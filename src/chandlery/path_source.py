@@ -10,8 +10,8 @@ from pathlib import Path
 
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError
 from chandlery.image.name import LATEST
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.pinned_source import PinnedSource
 from chandlery.pins import Pins
 from chandlery.set_arguments import LOCAL_LIMITS, PinnedArguments, SetArguments
 from chandlery.source_trees import SourceTrees

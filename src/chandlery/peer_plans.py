@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import rustworkx
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.layer_group import (
     LayerGroup,
     check_budget,
@@ -15,6 +14,7 @@ from chandlery.layer_group import (
     stacked,
     without_referrers,
 )
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.popularity import known_name
 
 # Nixery, layers.go: `bigOrPopular`.

@@ -17,8 +17,6 @@ from rich.table import Table
 
 from chandlery.app import open_parts, vocabulary
 from chandlery.binary_cache import crawl, open_cache, popularity_of
-from chandlery.closure import Closure
-from chandlery.closure_json import parse_closure
 from chandlery.command_options import DataDir, SettingsFile
 from chandlery.compression import COMPRESSIONS
 from chandlery.errors import SettingsError
@@ -28,6 +26,8 @@ from chandlery.image_maker import MOST_STORE_PATH_LAYERS
 from chandlery.layer_archive import layer_key
 from chandlery.layer_plan import STRATEGIES, LayerGroup, Strategy
 from chandlery.machine.data_folder import TemporaryFolder
+from chandlery.nix.closure import Closure
+from chandlery.nix.closure_json import parse_closure
 from chandlery.package_graph import PackageGraph
 from chandlery.package_resolver import PackageResolver
 from chandlery.popularity import Popularity, known_name

@@ -13,8 +13,8 @@ from typing import Self
 
 import msgspec
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.layer_group import LayerGroup
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.package_graph import PackageGraph
 
 # From a closure to its layers: a strategy with its popularity and budget.

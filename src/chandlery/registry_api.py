@@ -21,11 +21,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from chandlery.access_control import TOKEN_PATH, AccessControl
-from chandlery.blob_store import BlobSource, content_of
+from chandlery.access.client_address import Network, client_address
+from chandlery.access.control import TOKEN_PATH, AccessControl
 from chandlery.bounded_memory import BoundedMemory
-from chandlery.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
-from chandlery.client_address import Network, client_address
 from chandlery.endpoint import Endpoint, RefusedError, error_response
 from chandlery.errors import (
     BlobNotFoundError,
@@ -46,6 +44,8 @@ from chandlery.oci.documents import (
     canonical_json,
 )
 from chandlery.prepared_answers import LastingResponse
+from chandlery.storage.blob_store import BlobSource, content_of
+from chandlery.storage.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
 from chandlery.token_endpoint import TokenEndpoint
 from chandlery.waiting import WaitPolicy
 

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import structlog
 
-from chandlery.blob_store import BlobInfo, BlobStore, is_intact
 from chandlery.build_index import BuildIndex, RecordedBlob
 from chandlery.build_queue import SELF_REPAIR
-from chandlery.byte_range import ByteRange
 from chandlery.errors import BlobNotFoundError, ChandleryError, StorageError, TryAgainError
 from chandlery.image_builder import ImageBuilder
 from chandlery.image_origin import ImageOrigin
-from chandlery.leases import Lease
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_INDEX
+from chandlery.storage.blob_store import BlobInfo, BlobStore, is_intact
+from chandlery.storage.byte_range import ByteRange
+from chandlery.storage.leases import Lease
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from chandlery import alternatives
-from chandlery.closure import Closure, StorePath
 from chandlery.image.profile import Account
+from chandlery.nix.closure import Closure, StorePath
 from chandlery.store_reader import Entry, EntryKind, Layout, Reader, follow
 
 # As symlinks in every distribution that has merged /usr (Debian: base-files); the rest only where they exist.

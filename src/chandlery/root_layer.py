@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chandlery.closure import Closure, StorePath
 from chandlery.compression import COMPRESSIONS
 from chandlery.image.profile import Account
 from chandlery.layer_archive import pack
+from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.documents import PackedLayer
 from chandlery.root_filesystem import main_program, owned, program_named, root_filesystem
 from chandlery.store_reader import StoreReader

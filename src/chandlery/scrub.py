@@ -12,11 +12,11 @@ from enum import StrEnum
 
 import structlog
 
-from chandlery.blob_store import BlobStore, is_intact
 from chandlery.build_index import BuildIndex
 from chandlery.errors import BlobNotFoundError, ChandleryError
 from chandlery.oci.digest import Digest
 from chandlery.repaired_blobs import RepairedBlobs
+from chandlery.storage.blob_store import BlobStore, is_intact
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

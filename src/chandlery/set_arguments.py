@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from chandlery.errors import SourceUnavailableError
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.pins import PinLimits, Pins
 from chandlery.source_trees import SourceTrees
 from chandlery.watched_folder import WatchedFolder

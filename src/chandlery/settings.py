@@ -26,9 +26,8 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from chandlery import setting_places
-from chandlery.access_rules import AccessRules
-from chandlery.bucket import Bucket
-from chandlery.client_address import parse_networks
+from chandlery.access.client_address import parse_networks
+from chandlery.access.rules import AccessRules
 from chandlery.compression import COMPRESSIONS
 from chandlery.image import name as image_name
 from chandlery.image.profile import SHIPPED, Profile
@@ -39,6 +38,7 @@ from chandlery.oci.documents import ARCHITECTURES
 from chandlery.setting_errors import ContradictionError, nearest, settings_error
 from chandlery.setting_places import Origin, Places
 from chandlery.setting_values import leaves
+from chandlery.storage.bucket import Bucket
 
 _FILE_VARIABLE = "CHANDLERY_SETTINGS"
 

@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Mapping
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.layer_group import LayerGroup, check_budget, stacked
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.popularity import package_name
 
 # More buckets leave fewer layers for what is large, fewer are spoilt more often.

@@ -6,9 +6,9 @@ One is the default, which serves the names that pick none; it need not have a na
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.package_source import PackageSource
-from chandlery.pinned_source import PinnedSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from chandlery.closure import StorePath
 from chandlery.errors import StorePathContentError, UnsupportedEntryError
+from chandlery.nix.closure import StorePath
 
 _STORE = b"/nix/store/"
 _SUPPORT = b"nix-support"

@@ -11,8 +11,8 @@ from urllib.parse import parse_qs
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from chandlery.access_control import AccessControl, Accounts
-from chandlery.authorization import Credentials, Password, parse_authorization, pull_scope, pull_scopes
+from chandlery.access.authorization import Credentials, Password, parse_authorization, pull_scope, pull_scopes
+from chandlery.access.control import AccessControl, Accounts
 from chandlery.errors import CredentialsError
 from chandlery.image.name import Vocabulary
 

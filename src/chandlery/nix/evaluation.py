@@ -15,18 +15,18 @@ from typing import Any, Protocol
 
 import msgspec
 
-from chandlery.closure import StorePath
 from chandlery.errors import (
     EvaluationFailedError,
     EvaluationMemoryError,
     EvaluationTimeoutError,
     NotAPackageError,
 )
-from chandlery.nix_configuration import Purpose, host_paths
-from chandlery.nix_output import MarkedLines
-from chandlery.pinned_source import PinnedSource
+from chandlery.nix.closure import StorePath
+from chandlery.nix.configuration import Purpose, host_paths
+from chandlery.nix.output import MarkedLines
+from chandlery.nix.pinned_source import PinnedSource
 
-EXPRESSIONS = Path(__file__).resolve().parent / "nix"
+EXPRESSIONS = Path(__file__).resolve().parent / "expressions"
 
 # Of the time for one evaluation: for all answers together, and then for the reasons of what is refused.
 _PATIENCE, _PATIENCE_WITH_REASONS = 2.5, 0.5

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from chandlery.nix_output import LOG_TAIL
+from chandlery.nix.output import LOG_TAIL
 
 # What builders of Chandlery's own may find of this machine in their sandbox, such as what unpacks a .deb.
 # Only derivations that ask for it have it (`__impureHostDeps`). Others' may not: Nix lets them ask for
@@ -29,8 +29,8 @@ _PASSED_ON = {
 class NixLimits:
     """How much Nix may do at once, for how many seconds, and the bytes that an evaluation may take.
 
-    `begun_after` is for `store_gate`, `builder_timeout` for one derivation. An `evaluation_memory` of 0 is no
-    limit, and so is a `builder_timeout`.
+    `begun_after` is for `nix.store_lock`, `builder_timeout` for one derivation. An `evaluation_memory` of 0
+    is no limit, and so is a `builder_timeout`.
     """
 
     build_timeout: float = 3600.0

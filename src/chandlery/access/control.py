@@ -17,16 +17,16 @@ from pathlib import Path
 import structlog
 from starlette.requests import Request
 
-from chandlery.access_rules import AccessRules, Rule
-from chandlery.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
-from chandlery.client_address import client_address, client_network
+from chandlery.access.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
+from chandlery.access.client_address import client_address, client_network
+from chandlery.access.public_address import PublicAddress
+from chandlery.access.rules import AccessRules, Rule
+from chandlery.access.tokens import SERVICE, Grant, Tokens
+from chandlery.access.users import Users
 from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
 from chandlery.image import name as image_name
 from chandlery.image.name import ImageRequest, Vocabulary
 from chandlery.machine.token_buckets import Buckets, SharedTokenBuckets, TokenBuckets
-from chandlery.public_address import PublicAddress
-from chandlery.tokens import SERVICE, Grant, Tokens
-from chandlery.users import Users
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 
 
 class _Path(msgspec.Struct, frozen=True, rename="camel"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from chandlery.closure import Closure, ClosureNode, StorePath
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
 
 _SCHEMA = "10"
 # Seconds; Nix holds the database for milliseconds.

@@ -27,13 +27,13 @@ import obstore
 import structlog
 from obstore.exceptions import BaseError
 
-from chandlery.blob_store import BlobInfo, BlobStore, FileBlobStore
-from chandlery.bucket import Bucket, Connection, Retries
-from chandlery.byte_range import ByteRange
 from chandlery.errors import BlobNotFoundError, StorageError
 from chandlery.machine.data_folder import TemporaryFolder
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor
+from chandlery.storage.blob_store import BlobInfo, BlobStore, FileBlobStore
+from chandlery.storage.bucket import Bucket, Connection, Retries
+from chandlery.storage.byte_range import ByteRange
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from chandlery.client_address import Network, is_trusted
+from chandlery.access.client_address import Network, is_trusted
 
 # RFC 9110, section 7.2; nothing that could end a quoted string.
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")

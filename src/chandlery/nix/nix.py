@@ -1,7 +1,7 @@
 """The only caller of Nix: as a program, by argument vector, with JSON in and JSON out.
 
 Nix works in a store of its own in the data folder, or in the machine's. A package set is evaluated where it
-can read nothing but itself, and with limits of time and memory (see `nix_evaluation`).
+can read nothing but itself, and with limits of time and memory (see `nix.evaluation`).
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from chandlery.closure import Closure, ClosureNode, StorePath
 from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
@@ -26,11 +25,12 @@ from chandlery.errors import (
     StorageFullError,
 )
 from chandlery.machine.data_folder import is_full, storage_errors
-from chandlery.nix_configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
-from chandlery.nix_database import DatabaseUnreadableError, NixDatabase
-from chandlery.nix_evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
-from chandlery.nix_log import NixLog
-from chandlery.nix_output import (
+from chandlery.nix.closure import Closure, ClosureNode, StorePath
+from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
+from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
+from chandlery.nix.evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
+from chandlery.nix.log import NixLog
+from chandlery.nix.output import (
     DerivationMissingError,
     LockedFlake,
     archived_sources,
@@ -44,9 +44,9 @@ from chandlery.nix_output import (
     says_disk_full,
     says_outdated,
 )
-from chandlery.nix_process import Limits, Result, StoppedError, run
-from chandlery.pinned_source import PinnedSource
-from chandlery.store_gate import Passage, StoreGate
+from chandlery.nix.pinned_source import PinnedSource
+from chandlery.nix.process import Limits, Result, StoppedError, run
+from chandlery.nix.store_lock import Passage, StoreGate
 from chandlery.telemetry.build_timings import Timings
 
 __all__ = ["EXPRESSIONS", "LockedFlake", "Nix", "NixLimits", "NixOptions", "Resolution"]
@@ -322,7 +322,7 @@ class Nix:
             await self._run("nix-store", "--gc", "--max-freed", limit, timeout=self._limits.build_timeout)
 
     def beginning(self) -> AbstractAsyncContextManager[Passage]:
-        """Keep `collect_garbage` away while a build looks what is there, and begins; see `store_gate`."""
+        """Keep `collect_garbage` away while a build looks what is there, and begins; see `nix.store_lock`."""
         return self._gate.beginning() if self._gate else nullcontext(Passage())
 
     async def instantiate(self, expression: str, arguments: Mapping[str, str], roots: Path) -> str:

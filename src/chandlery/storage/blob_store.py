@@ -19,11 +19,11 @@ from typing import Protocol, Self
 
 from anyio import open_file
 
-from chandlery.byte_range import ByteRange
 from chandlery.errors import BlobNotFoundError
 from chandlery.machine.data_folder import TemporaryFolder, storage_errors
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor
+from chandlery.storage.byte_range import ByteRange
 
 _READ_SIZE = 1 << 20
 _FOLDERS = tuple(f"{number:02x}" for number in range(256))

@@ -1,0 +1,1 @@
+"""Who may pull what, and how often."""
