@@ -11,13 +11,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from chandlery.app import open_parts
+from chandlery.builds.resolver import PackageResolver
 from chandlery.image.name import LATEST
 from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix.nix import EXPRESSIONS
 from chandlery.oci.documents import Platform
-from chandlery.package_resolver import PackageResolver
-from chandlery.settings import Settings
+from chandlery.server.app import open_parts
+from chandlery.settings.settings import Settings
 
 _RUNS = 5
 _TOOLS = (

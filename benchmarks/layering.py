@@ -19,11 +19,11 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from chandlery.layer_plan import STRATEGIES, LayerGroup, Strategy
 from chandlery.nix.closure import Closure
-from chandlery.package_graph import PackageGraph
-from chandlery.package_groups import measure
-from chandlery.pull_simulation import Outcome, Simulation, Workload
+from chandlery.plan.package_clusters import measure
+from chandlery.plan.package_graph import PackageGraph
+from chandlery.plan.pull_simulation import Outcome, Simulation, Workload
+from chandlery.plan.strategies import STRATEGIES, LayerGroup, Strategy
 
 _DATA = Path(__file__).parent / "data"
 _BUDGET = 94

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmarks.packing import realised
 from benchmarks.servers import LIMIT, RunningServer, running
-from chandlery.app import open_parts
 from chandlery.oci.documents import OCI_MANIFEST, Platform
-from chandlery.settings import Settings
+from chandlery.server.app import open_parts
+from chandlery.settings.settings import Settings
 
 _SMALL = "git"
 # 2 GB together.

@@ -20,20 +20,20 @@ from pathlib import Path
 
 from rich.table import Table
 
-from chandlery.app import Parts, open_parts
-from chandlery.compression import COMPRESSIONS
+from chandlery.builds.pipeline import MOST_STORE_PATH_LAYERS
+from chandlery.builds.resolver import PackageResolver
 from chandlery.image.name import LATEST, Vocabulary, of_parts
-from chandlery.image_maker import MOST_STORE_PATH_LAYERS
-from chandlery.layer_archive import archive, layer_entries, pack_store_paths
-from chandlery.layer_plan import STRATEGIES, LayerGroup
+from chandlery.layers.archive import archive, layer_entries, pack_store_paths
+from chandlery.layers.compression import COMPRESSIONS
+from chandlery.layers.store_reader import StoreReader
 from chandlery.machine.process_pool import PackingProcesses
 from chandlery.nix.closure import Closure
 from chandlery.oci.documents import Platform
-from chandlery.package_resolver import PackageResolver
-from chandlery.popularity import Popularity
-from chandlery.settings import Settings
+from chandlery.plan.popularity import Popularity
+from chandlery.plan.strategies import STRATEGIES, LayerGroup
+from chandlery.server.app import Parts, open_parts
+from chandlery.settings.settings import Settings
 from chandlery.storage.blob_store import FileBlobStore
-from chandlery.store_reader import StoreReader
 
 _PACKAGES = ("git", "python3", "ffmpeg", "libreoffice-writer")
 # It takes half a minute for each of the large ones: for one of them it is enough.

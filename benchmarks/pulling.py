@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from chandlery.app import image_builder, open_parts
 from chandlery.image.name import LATEST, Vocabulary, of_parts
 from chandlery.oci.documents import Platform
-from chandlery.settings import Settings
+from chandlery.server.app import image_builder, open_parts
+from chandlery.settings.settings import Settings
 from chandlery.telemetry.build_timings import Work
 
 # Each title, and images that are asked for one after another; their median is told.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import zstandard
 
-from chandlery.nixpkgs_source import NixpkgsAddresses
+from chandlery.sources.nixpkgs import NixpkgsAddresses
 
 SHAPE = Path(__file__).parent / "nixpkgs_shape"
 

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from chandlery.debian_index import DebianMirrors
+from chandlery.sources.debian.index import DebianMirrors
 from debian_packages import ARCHITECTURES, Deb
 
 SUITE = "bookworm"

@@ -24,8 +24,8 @@ from chandlery.access.users import Users
 from chandlery.errors import RateLimitError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import ManifestFormat
-from chandlery.registry_api import Access, routes
-from chandlery.request_log import RequestLog
+from chandlery.registry.api import Access, routes
+from chandlery.server.request_log import RequestLog
 from chandlery.telemetry import logs
 from memory_blob_store import MemoryBlobStore
 from test_registry_api import HOST, LAYER, OneImage, oci_error, one_image

@@ -4,7 +4,7 @@ from itertools import count, islice
 
 import pytest
 
-from chandlery.ahead import ahead
+from chandlery.layers.prefetch import ahead
 
 
 def test_everything_comes_in_order_from_another_thread() -> None:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.alternatives import Alternative, AlternativeLink, choose, parse
+from chandlery.layers.alternatives import Alternative, AlternativeLink, choose, parse
 from physical_store import store_path
 
 MAWK = (

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from chandlery.access.rules import Rule
-from chandlery.app import access_control, certificate, configured_popularity
 from chandlery.errors import SettingsError
-from chandlery.settings import Settings
+from chandlery.server.app import access_control, certificate, configured_popularity
+from chandlery.settings.settings import Settings
 
 # Not a real one: nobody logs in here.
 HASH = "$2y$04$" + "." * 53

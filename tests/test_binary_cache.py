@@ -11,10 +11,10 @@ from threading import Thread
 import httpx
 import pytest
 
-from chandlery.binary_cache import CacheFolder, HttpCache, NarInfo, crawl, open_cache, popularity_of
 from chandlery.errors import SourceUnavailableError
 from chandlery.nix.closure import StorePath
 from chandlery.nix.nix import Nix, NixLimits, NixOptions
+from chandlery.sources.binary_cache import CacheFolder, HttpCache, NarInfo, crawl, open_cache, popularity_of
 from nix_package_set import packages, requires_nix, resolve
 
 

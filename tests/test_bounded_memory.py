@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.bounded_memory import BoundedMemory
+from chandlery.registry.lru_cache import BoundedMemory
 
 KEYS = st.integers(0, 5)
 

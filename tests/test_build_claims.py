@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build_claims import BuildClaims
+from chandlery.builds.locks import BuildClaims
 from chandlery.machine.data_folder import try_lock
 
 CLAIM_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from chandlery.build_claims import BuildClaims
+from chandlery.builds.locks import BuildClaims
 
 claims = BuildClaims(Path(sys.argv[1]), 1)
 held = claims.claim("git", "build-1"), claims.slot()
@@ -56,7 +56,7 @@ def test_a_key_that_is_given_back_while_it_is_claimed_is_claimed_once(
         before.give_back()
         return try_lock(descriptor)
 
-    monkeypatch.setattr("chandlery.build_claims.try_lock", lock_a_moment_later)
+    monkeypatch.setattr("chandlery.builds.locks.try_lock", lock_a_moment_later)
     now = BuildClaims(tmp_path, 2).claim("git", "build-2")
     assert now
     assert claims.claim("git", "build-3") is None

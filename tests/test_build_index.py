@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery import build_index
-from chandlery.build_index import SCHEMA_VERSION, BuildIndex
+from chandlery.builds import index as build_index
+from chandlery.builds.index import SCHEMA_VERSION, BuildIndex
+from chandlery.builds.recipe import BuildOptions, ImageOrigin
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.image.name import ImageRequest
-from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.layers.root_layer import RootLayerOptions
 from chandlery.machine.data_folder import locked
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
@@ -28,7 +29,6 @@ from chandlery.oci.documents import (
     PackedLayer,
     Platform,
 )
-from chandlery.root_layer import RootLayerOptions
 
 NAME = f"build-index-{SCHEMA_VERSION}.sqlite"
 
@@ -404,7 +404,7 @@ def test_one_process_at_a_time_opens_an_index(tmp_path: Path) -> None:
 OPEN_AND_REMEMBER = """
 import sys
 from pathlib import Path
-from chandlery.build_index import BuildIndex
+from chandlery.builds.index import BuildIndex
 
 sys.stdin.readline()
 with BuildIndex(Path(sys.argv[1])) as index:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build import Build, BuildState
-from chandlery.build_queue import SELF_REPAIR, TAKEN_OVER, BuildQueue, QueueLimits
+from chandlery.builds.build import Build, BuildState
+from chandlery.builds.build_queue import SELF_REPAIR, TAKEN_OVER, BuildQueue, QueueLimits
 from chandlery.errors import (
     BuildError,
     BuildPendingError,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from certificates import Certificate, make_certificate
-from chandlery.certificate_check import CertificateRefusedError, good_until
+from chandlery.doctor.certificate import CertificateRefusedError, good_until
 
 
 def expired(folder: Path) -> Certificate:

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from chandlery.demo.registry_client import PullError, pull
 from chandlery.oci.digest import Digest
-from chandlery.registry_client import PullError, pull
 from package_sets import SOURCE
 from servers import LIMIT, RunningServer, serving, wait_until
 from test_repaired_blobs import cut, flip, lose

@@ -7,7 +7,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.compression import COMPRESSIONS, Compression
+from chandlery.layers.compression import COMPRESSIONS, Compression
 
 compressions = pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=list(COMPRESSIONS))
 pieces = st.lists(st.binary(max_size=200) | st.binary(max_size=20).map(lambda some: some * 300), max_size=8)

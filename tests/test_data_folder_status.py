@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build_index import BuildIndex, IndexCounts
-from chandlery.data_folder_status import DataFolderStatus, examine
+from chandlery.builds.index import BuildIndex, IndexCounts
 from chandlery.machine.data_folder import RunMarker, TemporaryFolder
+from chandlery.maintenance.status import DataFolderStatus, examine
 
 LARGE = 100_000
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.debian_index import KEPT_LOCKS, DebianIndex, DebianMirrors, keep_lock, load_aliases
-from chandlery.debian_lock import DebianLock, parse_packages
 from chandlery.errors import SourceUnavailableError
+from chandlery.sources.debian.index import KEPT_LOCKS, DebianIndex, DebianMirrors, keep_lock, load_aliases
+from chandlery.sources.debian.snapshot import DebianLock, parse_packages
 from debian_packages import Deb
 from debian_repository import SECURITY, SUITE, UPDATES, DebianRepository, Fault, debian_repository, new_key
 from ordinary_user import ordinary_folder, run_as_ordinary_user
@@ -302,7 +302,7 @@ def test_an_ordinary_user_can_fetch_an_index() -> None:
     script = """
 import asyncio, sys
 from pathlib import Path
-from chandlery.debian_index import DebianIndex, DebianMirrors
+from chandlery.sources.debian.index import DebianIndex, DebianMirrors
 
 folder, *mirrors = sys.argv[1:]
 index = DebianIndex(Path(folder), "bookworm", "amd64", DebianMirrors(*mirrors))
@@ -400,7 +400,8 @@ def test_a_kill_while_a_lock_is_made_leaves_the_old_one_in_force_and_nothing_in_
     old, new = [packages_file("old")], [packages_file("new")]
     keep_lock(tmp_path, old, ["-"])
     script = (
-        "import sys; from chandlery.debian_index import *; keep_lock(Path(sys.argv[1]), sys.argv[2:], ['-'])"
+        "import sys; from pathlib import Path; from chandlery.sources.debian.index import keep_lock; "
+        "keep_lock(Path(sys.argv[1]), sys.argv[2:], ['-'])"
     )
     half_made = tmp_path / "lock.new"
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), *new]) as process:

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery import debian_lock
-from chandlery.debian_lock import DebianLock, Package, Relation, Unit, parse_packages, parse_relations
-from chandlery.package_groups import MEASURE_VERSION
+from chandlery.plan.package_clusters import MEASURE_VERSION
+from chandlery.sources.debian import snapshot as debian_lock
+from chandlery.sources.debian.snapshot import (
+    DebianLock,
+    Package,
+    Relation,
+    Unit,
+    parse_packages,
+    parse_relations,
+)
 
 
 def package(

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.alternatives import parse
-from chandlery.debian_source import DebianSource
 from chandlery.errors import DownloadError
 from chandlery.image.name import LATEST
+from chandlery.layers.alternatives import parse
+from chandlery.layers.store_reader import Entry, Layout, StoreReader
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.nix import EXPRESSIONS, Nix, NixLimits, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.store_reader import Entry, Layout, StoreReader
+from chandlery.sources.debian.source import DebianSource
 from debian_packages import PACKAGES, Deb, Member, program
 from debian_repository import SECURITY, SUITE, DebianRepository, Fault, debian_repository
 from nix_package_set import requires_nix, resolve
@@ -249,10 +249,10 @@ class TestThePackageSet:
         script = """
 import asyncio, sys
 from pathlib import Path
-from chandlery.debian_index import DebianMirrors
+from chandlery.sources.debian.index import DebianMirrors
 from chandlery.nix.nix import Nix, NixLimits
 from chandlery.oci.documents import Platform
-from chandlery.debian_source import DebianSource
+from chandlery.sources.debian.source import DebianSource
 
 async def main(folder: Path, *mirrors: str) -> None:
     nix = Nix(folder / "nix", NixLimits())

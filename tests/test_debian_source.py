@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from chandlery.debian_index import DebianMirrors, keep_lock
-from chandlery.debian_source import DebianSource
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, TooManyReferencesError
 from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import ARCHITECTURES, Platform
-from chandlery.pins import PinLimits
+from chandlery.sources.debian.index import DebianMirrors, keep_lock
+from chandlery.sources.debian.source import DebianSource
+from chandlery.sources.pins import PinLimits
 from debian_packages import Deb
 from debian_repository import SUITE, DebianRepository, Fault, debian_repository
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from chandlery.doctor import Check, Finding, Outcome, Status, examine, in_thread
+from chandlery.doctor.examination import Check, Finding, Outcome, Status, examine, in_thread
 from chandlery.errors import StorageError
 
 

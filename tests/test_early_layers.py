@@ -3,12 +3,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from chandlery import early_layers
-from chandlery.early_layers import EarlyLayers
-from chandlery.layer_plan import STRATEGIES, LayerGroup, Popularity, closure_of
+from chandlery.builds import speculative_packing as early_layers
+from chandlery.builds.speculative_packing import EarlyLayers
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, Descriptor, PackedLayer
+from chandlery.plan.strategies import STRATEGIES, LayerGroup, Popularity, closure_of
 
 LARGE = 5 << 20
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from chandlery.builds.failures import FailedBuilds
 from chandlery.errors import (
     BuildError,
     BuildTooLargeError,
@@ -12,7 +13,6 @@ from chandlery.errors import (
     PackagesNotFoundError,
     evaluation_error,
 )
-from chandlery.failed_builds import FailedBuilds
 from chandlery.machine.download import DownloadFailedError
 
 

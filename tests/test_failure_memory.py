@@ -1,7 +1,7 @@
 import pytest
 
 from chandlery.errors import ChandleryError
-from chandlery.failure_memory import FailureMemory
+from chandlery.sources.negative_cache import FailureMemory
 
 
 class Tried:

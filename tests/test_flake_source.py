@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import structlog
 
-from chandlery.debian_index import DebianMirrors
 from chandlery.errors import (
     InvalidSourceError,
     NixError,
     ReferenceNotFoundError,
     SourceUnavailableError,
 )
-from chandlery.flake_source import FlakeReference, FlakeSource
 from chandlery.image.name import LATEST
 from chandlery.nix.closure import StorePath
 from chandlery.nix.nix import Nix, NixLimits
 from chandlery.nix.output import DerivationMissingError, LockedFlake
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.package_source import SourceOptions, parse
-from chandlery.pins import PinLimits
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.flake import FlakeReference, FlakeSource
+from chandlery.sources.package_source import SourceOptions, parse
+from chandlery.sources.pins import PinLimits
 from git_server import Fault, HttpServer, Repository, http_server
 from nix_package_set import SYSTEM, requires_nix, resolve
 

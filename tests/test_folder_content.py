@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chandlery.folder_content import ContentChangedError, Copied, FolderContent
+from chandlery.sources.folder_content import ContentChangedError, Copied, FolderContent
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build_index import BuildIndex
-from chandlery.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval
+from chandlery.builds.index import BuildIndex
+from chandlery.builds.recipe import BuildOptions, ImageOrigin
 from chandlery.image.name import ImageRequest
-from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.maintenance.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval
 from chandlery.nix.nix import Nix, NixLimits
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.git_address import GitAddress
+from chandlery.sources.git.address import GitAddress
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from chandlery.debian_index import DebianMirrors
 from chandlery.errors import (
     InvalidSourceError,
     ReferenceNotFoundError,
     SourceUnavailableError,
     TooManyReferencesError,
 )
-from chandlery.git_address import GitAddress
-from chandlery.git_repository import GitLimits
-from chandlery.git_source import GitSource
 from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.package_source import SourceOptions, parse
-from chandlery.pins import PinLimits
-from chandlery.set_arguments import SetArguments
+from chandlery.sources.arguments import SetArguments
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.git.address import GitAddress
+from chandlery.sources.git.repository import GitLimits
+from chandlery.sources.git.source import GitSource
+from chandlery.sources.package_source import SourceOptions, parse
+from chandlery.sources.pins import PinLimits
 from git_server import Fault, HttpServer, Repository, http_server, silent_server, ssh_server
 from processes import running
 
@@ -716,7 +716,8 @@ async def test_two_servers_that_share_a_data_folder_do_not_get_in_each_others_wa
 ) -> None:
     script = (
         "import asyncio, sys; from pathlib import Path\n"
-        "from chandlery.package_source import parse; from chandlery.debian_index import DebianMirrors\n"
+        "from chandlery.sources.package_source import parse\n"
+        "from chandlery.sources.debian.index import DebianMirrors\n"
         "from chandlery.oci.documents import Platform\n"
         "source = parse(sys.argv[1], Path(sys.argv[2]), DebianMirrors('', '', ''))\n"
         "print(asyncio.run(source.pin('latest', Platform.of_host())).revision)"

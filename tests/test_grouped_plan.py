@@ -1,6 +1,6 @@
-from chandlery.grouped_plan import grouped
-from chandlery.layer_plan import LayerGroup, Popularity, closure_of
 from chandlery.nix.closure import Closure
+from chandlery.plan.grouped import grouped
+from chandlery.plan.strategies import LayerGroup, Popularity, closure_of
 
 
 def closure(sizes: dict[str, int], version: int = 1) -> Closure:

@@ -10,7 +10,9 @@ import pytest
 import pytest_asyncio
 
 import layers
-from chandlery.build_queue import QueueLimits
+from chandlery.builds.build_queue import QueueLimits
+from chandlery.builds.images import BuildCapacity
+from chandlery.builds.recipe import BuildOptions
 from chandlery.errors import (
     BuildError,
     BuildStoppedError,
@@ -20,12 +22,10 @@ from chandlery.errors import (
     PackagesNotFoundError,
     StorageFullError,
 )
-from chandlery.image_builder import BuildCapacity
-from chandlery.image_origin import BuildOptions
+from chandlery.layers.root_layer import RootLayerOptions
 from chandlery.nix.nix import NixLimits
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import CREATED, ManifestFormat, PackedLayer
-from chandlery.root_layer import RootLayerOptions
 from workshop import HOST, Workshop, a_request, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.

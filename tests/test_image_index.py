@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from chandlery.builds.images import Pulled
 from chandlery.errors import (
     BuildPendingError,
     PackagesNotFoundError,
@@ -19,11 +20,10 @@ from chandlery.errors import (
 )
 from chandlery.image import name as image_name
 from chandlery.image.name import Vocabulary
-from chandlery.image_builder import Pulled
+from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import DOCKER_MANIFEST_LIST, OCI_INDEX, ManifestFormat, Platform
-from chandlery.package_source import PackageSource
-from chandlery.repaired_blobs import RepairedBlobs
+from chandlery.sources.package_source import PackageSource
 from nix_package_set import source_of
 from workshop import Workshop, opened
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.garbage_collector import DiskLimits, GarbageCollector
-from chandlery.image_origin import ImageOrigin
+from chandlery.builds.recipe import ImageOrigin
+from chandlery.maintenance.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.nix.nix import NixLimits
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage

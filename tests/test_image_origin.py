@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from chandlery.compression import COMPRESSIONS
+from chandlery.builds.recipe import BuildOptions, ImageOrigin
 from chandlery.image.name import ImageRequest
 from chandlery.image.profile import Profile
-from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.layers.compression import COMPRESSIONS
+from chandlery.layers.root_layer import RootLayerOptions
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.root_layer import RootLayerOptions
 
 PIN = PinnedSource("path", "/srv/packages", "1" * 64)
 REQUEST = ImageRequest(("git", "jq"), Platform("linux", "amd64"))

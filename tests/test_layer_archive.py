@@ -13,9 +13,8 @@ from anyio import to_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chandlery.compression import COMPRESSIONS
 from chandlery.errors import StorageError, StorageFullError, UnsupportedEntryError
-from chandlery.layer_archive import (
+from chandlery.layers.archive import (
     BLOCK_SIZE,
     archive,
     layer_entries,
@@ -24,9 +23,10 @@ from chandlery.layer_archive import (
     pack,
     pack_store_paths,
 )
+from chandlery.layers.compression import COMPRESSIONS
+from chandlery.layers.store_reader import Entry, EntryKind, StoreReader
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import PackedLayer
-from chandlery.store_reader import Entry, EntryKind, StoreReader
 from physical_store import Executable, Link, PhysicalStore, store_path
 
 NONE = COMPRESSIONS["none"]
@@ -267,7 +267,7 @@ def test_neither_process_nor_locale_nor_umask_nor_creation_order_reach_the_bytes
     again.add("hello-2.12", dict(reversed(HELLO.items())))
     program = (
         "import sys; from pathlib import Path; from chandlery.nix.closure import StorePath;"
-        "from chandlery.layer_archive import pack_store_paths;"
+        "from chandlery.layers.archive import pack_store_paths;"
         "root, store_path, to = sys.argv[1:];"
         "print(pack_store_paths(Path(root), [StorePath(store_path)], 'gzip', Path(to)).descriptor.digest)"
     )

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.layer_plan import DEFAULT_STRATEGY, STRATEGIES, LayerGroup, Popularity, Strategy, closure_of
 from chandlery.nix.closure import Closure, ClosureNode, StorePath
-from chandlery.popularity import package_name
+from chandlery.plan.popularity import package_name
+from chandlery.plan.strategies import (
+    DEFAULT_STRATEGY,
+    STRATEGIES,
+    LayerGroup,
+    Popularity,
+    Strategy,
+    closure_of,
+)
 
 BASE_32 = "0123456789abcdfghijklmnpqrsvwxyz"
 strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=list(STRATEGIES))

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from certificates import make_certificate
-from chandlery.doctor import Outcome, Status, examine
+from chandlery.doctor.checks import machine_checks, scratch_folder
+from chandlery.doctor.examination import Outcome, Status, examine
 from chandlery.machine.data_folder import RunMarker
-from chandlery.machine_checks import machine_checks, scratch_folder
-from chandlery.popularity import Popularity
-from chandlery.settings import Settings
+from chandlery.plan.popularity import Popularity
+from chandlery.settings.settings import Settings
 from debian_packages import Deb
 from debian_repository import DebianRepository, debian_repository
 from ordinary_user import run_as_ordinary_user
@@ -114,9 +114,9 @@ def test_a_data_folder_of_another_user(tmp_path: Path) -> None:
     script = """
 import asyncio, sys
 from pathlib import Path
-from chandlery.doctor import examine
-from chandlery.machine_checks import machine_checks, scratch_folder
-from chandlery.settings import Settings
+from chandlery.doctor.examination import examine
+from chandlery.doctor.checks import machine_checks, scratch_folder
+from chandlery.settings.settings import Settings
 async def main():
     settings = Settings.load(data_dir=Path(sys.argv[1]), source=sys.argv[2])
     with scratch_folder(settings.data_dir) as scratch:

@@ -11,18 +11,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from chandlery import monitoring, registry_api
 from chandlery.access.client_address import parse_networks
-from chandlery.build import Build
-from chandlery.build_queue import BuildQueue, QueueLimits
+from chandlery.builds.build import Build
+from chandlery.builds.build_queue import BuildQueue, QueueLimits
+from chandlery.builds.images import Pulled
 from chandlery.errors import BuildError, StorageFullError
 from chandlery.image.name import Vocabulary
-from chandlery.image_builder import Pulled
-from chandlery.monitoring import Watchers, _tail
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, Descriptor, Platform
-from chandlery.readiness import Readiness
-from chandlery.request_log import RequestLog
+from chandlery.registry import api as registry_api
+from chandlery.server import monitoring
+from chandlery.server.monitoring import Watchers, _tail
+from chandlery.server.readiness import Readiness
+from chandlery.server.request_log import RequestLog
 from chandlery.telemetry.build_timings import Work
 from chandlery.telemetry.metrics import Metrics
 from memory_blob_store import MemoryBlobStore

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.debian_index import DebianMirrors
 from chandlery.errors import ReferenceNotFoundError
 from chandlery.image.name import LATEST
 from chandlery.oci.documents import BuiltImage
-from chandlery.package_source import parse
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.package_source import parse
 from git_server import HttpServer, Repository, http_server
 from package_sets import PACKAGE_SET
 from workshop import Workshop, a_request, opened

@@ -3,7 +3,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from chandlery.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     DOCKER_MANIFEST,
@@ -12,6 +11,7 @@ from chandlery.oci.documents import (
     OCI_MANIFEST,
     ManifestFormat,
 )
+from chandlery.registry.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
 
 DIGEST = Digest.of(b"content")
 OTHER = Digest.of(b"other content")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import layers
-from chandlery import registry_client
+from chandlery.demo import registry_client
 from chandlery.errors import SettingsError
 from chandlery.oci.documents import ARCHITECTURES, Platform
-from chandlery.setting_places import DEFAULT, Origin
-from chandlery.settings import Settings
+from chandlery.settings.places import DEFAULT, Origin
+from chandlery.settings.settings import Settings
 from package_sets import PACKAGE_SET, Gates
 from servers import LIMIT, environment, free_port, serving_with_variables
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import structlog
 
-from chandlery.debian_index import DebianMirrors
 from chandlery.errors import (
     ChandleryError,
     InvalidSourceError,
@@ -27,11 +26,12 @@ from chandlery.image.name import LATEST
 from chandlery.machine.download import DownloadLimits
 from chandlery.nix.nix import Nix, NixLimits
 from chandlery.nix.pinned_source import NIXPKGS, PinnedSource
-from chandlery.nixpkgs_source import NixpkgsAddresses, NixpkgsSource
 from chandlery.oci.documents import Platform
-from chandlery.package_source import SourceOptions, parse
-from chandlery.pins import PinLimits
-from chandlery.set_arguments import SetArguments
+from chandlery.sources.arguments import SetArguments
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.nixpkgs import NixpkgsAddresses, NixpkgsSource
+from chandlery.sources.package_source import SourceOptions, parse
+from chandlery.sources.pins import PinLimits
 from channel_server import ChannelServer, Fault, channel_server, tarball, tree_of_shape
 from nix_package_set import requires_nix, resolve
 
@@ -443,9 +443,9 @@ KILLED = """
 import asyncio, sys
 from pathlib import Path
 from chandlery.image.name import LATEST
-from chandlery.nixpkgs_source import NixpkgsAddresses, NixpkgsSource
+from chandlery.sources.nixpkgs import NixpkgsAddresses, NixpkgsSource
 from chandlery.oci.documents import Platform
-from chandlery.set_arguments import SetArguments
+from chandlery.sources.arguments import SetArguments
 
 folder, *templates = sys.argv[1:]
 source = NixpkgsSource("nixos-unstable", Path(folder, "source"), NixpkgsAddresses.parse(*templates),

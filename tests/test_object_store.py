@@ -15,7 +15,7 @@ import pytest
 from blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put, read
 from chandlery.errors import BlobNotFoundError, SettingsError, StorageError
 from chandlery.oci.digest import Digest
-from chandlery.settings import Settings
+from chandlery.settings.settings import Settings
 from chandlery.storage.blob_store import FileBlobStore
 from chandlery.storage.bucket import Bucket
 from chandlery.storage.byte_range import ByteRange

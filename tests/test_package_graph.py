@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.package_graph import PackageGraph
+from chandlery.plan.package_graph import PackageGraph
 
 
 @st.composite

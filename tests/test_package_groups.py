@@ -1,9 +1,9 @@
 import random
 from collections import defaultdict
 
-from chandlery.package_graph import PackageGraph
-from chandlery.package_groups import measure
-from chandlery.popularity import Popularity
+from chandlery.plan.package_clusters import measure
+from chandlery.plan.package_graph import PackageGraph
+from chandlery.plan.popularity import Popularity
 
 
 def a_set(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build_index import BuildIndex
+from chandlery.builds.index import BuildIndex
+from chandlery.builds.resolver import PackageResolver, nearest
 from chandlery.errors import BrokenError, EvaluationError, NixError, PackagesNotFoundError, UnfreeError
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
-from chandlery.package_resolver import PackageResolver, nearest
 from nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix
 
 pytestmark = [pytest.mark.nix, requires_nix]

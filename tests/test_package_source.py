@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.debian_index import DebianMirrors
 from chandlery.errors import InvalidSourceError, SourceUnavailableError
 from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.package_source import parse
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.package_source import parse
 
 AMD64 = Platform("linux", "amd64")
 

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from chandlery.errors import StorageError, UnsupportedEntryError
-from chandlery.layer_archive import pack_store_paths
+from chandlery.layers.archive import pack_store_paths
 from chandlery.machine import niceness as background
 from chandlery.machine.process_pool import PackingProcesses
 from physical_store import PhysicalStore

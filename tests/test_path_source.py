@@ -9,12 +9,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError
-from chandlery.folder_content import FolderContent
 from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.path_source import PathSource
-from chandlery.set_arguments import SetArguments
+from chandlery.sources.arguments import SetArguments
+from chandlery.sources.folder_content import FolderContent
+from chandlery.sources.path import PathSource
 
 HOST = Platform.of_host()
 

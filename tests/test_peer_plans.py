@@ -1,7 +1,7 @@
 from collections.abc import Mapping
 
-from chandlery.layer_plan import LayerGroup, closure_of
-from chandlery.peer_plans import nixery, popularity_contest
+from chandlery.plan.peers import nixery, popularity_contest
+from chandlery.plan.strategies import LayerGroup, closure_of
 
 
 def path(name: str) -> str:

@@ -17,7 +17,7 @@ from chandlery.errors import (
     StorageFullError,
     TooManyReferencesError,
 )
-from chandlery.pins import Misses, Pin, PinLimits, Pins, Resolved
+from chandlery.sources.pins import Misses, Pin, PinLimits, Pins, Resolved
 
 SOURCE = "git!https://example.com/set"
 LIMITS = PinLimits(lifetime=3600, patience=0.02, back_off=30)
@@ -375,7 +375,7 @@ async def test_a_file_that_cannot_be_written_leaves_pins_in_memory(
 
 def test_a_kill_at_any_time_leaves_a_file_that_is_whole(file: Path) -> None:
     script = (
-        "import asyncio, sys; from pathlib import Path; from chandlery.pins import *\n"
+        "import asyncio, sys; from pathlib import Path; from chandlery.sources.pins import *\n"
         "async def resolve(reference): return Resolved(reference * 40)\n"
         "async def main():\n"
         "    while True:\n"

@@ -7,10 +7,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from chandlery import plan_commands
+from chandlery.cli import plan as plan_commands
 from chandlery.errors import SettingsError
-from chandlery.layer_plan import STRATEGIES
-from chandlery.popularity import Popularity
+from chandlery.plan.popularity import Popularity
+from chandlery.plan.strategies import STRATEGIES
 from chandlery.telemetry import logs
 from package_sets import SOURCE
 from test_binary_cache import Server, narinfo, served

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from chandlery.popularity import Popularity, known_name, output_name
+from chandlery.plan.popularity import Popularity, known_name, output_name
 
 TABLE = Popularity({"glibc": 9, "gcc": 3, "gcc-12": 2, "gcc-12-base": 2}, {"gcc": "a", "gcc-12": "a"}, "here")
 

@@ -8,10 +8,10 @@ from threading import Thread
 
 import pytest
 
-from chandlery import popularity_tables
+from chandlery.builds import popularity_tables
+from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.machine.download import Address, DownloadFailedError
-from chandlery.popularity import Popularity
-from chandlery.popularity_tables import PopularityTables
+from chandlery.plan.popularity import Popularity
 from ordinary_user import ordinary_folder, run_as_ordinary_user
 
 TABLE = Popularity({"glibc": 9, "zlib": 5}, {"glibc": "glibc", "zlib": "glibc"}, "test")
@@ -91,8 +91,8 @@ def test_a_folder_that_cannot_be_written_costs_no_pull() -> None:
     script = """if True:
         import sys
         from pathlib import Path
-        from chandlery.popularity import Popularity
-        from chandlery.popularity_tables import PopularityTables
+        from chandlery.plan.popularity import Popularity
+        from chandlery.builds.popularity_tables import PopularityTables
         (Path(sys.argv[1]) / "popularity").mkdir(mode=0o500)
         tables = PopularityTables(Path(sys.argv[1]))
         print(dict(tables.table(tables.keep(Popularity({"glibc": 9})))))

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from chandlery.access.control import AccessControl
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.rules import AccessRules
-from chandlery.build_index import BuildIndex
+from chandlery.builds.index import BuildIndex
 from chandlery.errors import BuildError, ChandleryError, SourceUnavailableError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -33,9 +33,9 @@ from chandlery.oci.documents import (
     Platform,
     image_index,
 )
-from chandlery.prepared_answers import LastingResponse, PreparedAnswers, keep
-from chandlery.registry_api import Access, routes
-from chandlery.request_log import RequestLog
+from chandlery.registry.api import Access, routes
+from chandlery.registry.response_cache import LastingResponse, PreparedAnswers, keep
+from chandlery.server.request_log import RequestLog
 from chandlery.telemetry.metrics import Metrics
 from memory_blob_store import MemoryBlobStore
 from package_sets import PACKAGE_SET
@@ -165,7 +165,7 @@ async def test_what_was_checked_a_moment_ago_is_not_checked_again(check: Check) 
 async def test_a_check_that_takes_long_is_not_waited_for(
     check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chandlery.prepared_answers._LONGEST_CHECK", 0.01)
+    monkeypatch.setattr("chandlery.registry.response_cache._LONGEST_CHECK", 0.01)
     async with client_of(PreparedAnswers(Application(check))) as client:
         await client.get("/a")
         check.gate.clear()

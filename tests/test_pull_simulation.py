@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from chandlery.layer_plan import STRATEGIES, LayerGroup
 from chandlery.nix.closure import Closure
-from chandlery.package_graph import PackageGraph
-from chandlery.pull_simulation import Simulation, Workload
+from chandlery.plan.package_graph import PackageGraph
+from chandlery.plan.pull_simulation import Simulation, Workload
+from chandlery.plan.strategies import STRATEGIES, LayerGroup
 
 # app and tool need lib, and other needs nothing.
 GRAPH = PackageGraph.of({"app": ("app", 10, ["lib"]), "lib": ("lib", 100, []), "tool": ("tool", 1, ["lib"])})

@@ -3,7 +3,7 @@ import asyncio
 from structlog.testing import capture_logs
 
 from chandlery.errors import NixMissingError
-from chandlery.readiness import Readiness
+from chandlery.server.readiness import Readiness
 
 
 class Counted:

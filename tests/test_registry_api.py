@@ -23,9 +23,9 @@ from starlette.routing import Route
 from starlette.types import Message, Scope
 from structlog.testing import capture_logs
 
-from chandlery import endpoint, errors, registry_api
+from chandlery import errors
 from chandlery.access.client_address import parse_networks
-from chandlery.endpoint import ANSWERS
+from chandlery.builds.images import Pulled
 from chandlery.errors import (
     BlobNotFoundError,
     BuildError,
@@ -44,7 +44,6 @@ from chandlery.errors import (
 )
 from chandlery.image import name as image_name
 from chandlery.image.name import ImageRequest, Vocabulary
-from chandlery.image_builder import Pulled
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -63,10 +62,13 @@ from chandlery.oci.documents import (
     image_index,
     image_manifest,
 )
-from chandlery.registry_api import Access, routes
-from chandlery.request_log import RequestLog
+from chandlery.registry import api as registry_api
+from chandlery.registry import endpoint
+from chandlery.registry.api import Access, routes
+from chandlery.registry.endpoint import ANSWERS
+from chandlery.registry.waiting import WaitPolicy
+from chandlery.server.request_log import RequestLog
 from chandlery.storage.blob_store import BlobInfo, BlobStore, FileBlobStore
-from chandlery.waiting import WaitPolicy
 from memory_blob_store import MemoryBlobStore
 
 HOST = Vocabulary(Platform("linux", "amd64"))
@@ -794,8 +796,8 @@ from starlette.types import Message, Scope
 from starlette.middleware import Middleware
 from chandlery.storage.blob_store import BlobStore, FileBlobStore
 from chandlery.nix.pinned_source import PinnedSource
-from chandlery.registry_api import routes
-from chandlery.request_log import RequestLog
+from chandlery.registry.api import routes
+from chandlery.server.request_log import RequestLog
 from test_registry_api import HOST, OneImage, one_image
 
 async def main():

@@ -9,17 +9,17 @@ import pytest
 import pytest_asyncio
 
 import layers
-from chandlery.build_queue import SELF_REPAIR
-from chandlery.debian_index import DebianMirrors
+from chandlery.builds.build_queue import SELF_REPAIR
+from chandlery.builds.images import BuildCapacity
+from chandlery.builds.recipe import BuildOptions, ImageOrigin
 from chandlery.errors import BlobNotFoundError, BuildPendingError
-from chandlery.image_builder import BuildCapacity
-from chandlery.image_origin import BuildOptions, ImageOrigin
+from chandlery.layers.root_layer import RootLayerOptions
+from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, BuiltImage, Descriptor, ManifestFormat
-from chandlery.package_source import PackageSource, parse
-from chandlery.popularity import Popularity
-from chandlery.repaired_blobs import RepairedBlobs
-from chandlery.root_layer import RootLayerOptions
+from chandlery.plan.popularity import Popularity
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.package_source import PackageSource, parse
 from chandlery.storage.blob_store import BlobInfo
 from workshop import Workshop, opened
 

@@ -6,7 +6,7 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from chandlery.request_log import RequestLog
+from chandlery.server.request_log import RequestLog
 
 
 async def answer(app: Any, **request: Any) -> tuple[httpx.Response, list[Any]]:

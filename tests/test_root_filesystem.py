@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.image.profile import Account
-from chandlery.layer_archive import archive
+from chandlery.layers.archive import archive
+from chandlery.layers.root_filesystem import main_program, program_named, root_filesystem
+from chandlery.layers.store_reader import Entry, EntryKind, StoreReader
 from chandlery.nix.closure import StorePath
-from chandlery.root_filesystem import main_program, program_named, root_filesystem
-from chandlery.store_reader import Entry, EntryKind, StoreReader
 from physical_store import Executable, Link, PhysicalStore, Tree, closure_of
 
 PROGRAM = Executable()

@@ -16,8 +16,8 @@ from typing import ParamSpec, TypeVar
 import pytest
 import zstandard
 
-from chandlery import sandbox
-from chandlery.sandbox import SandboxError, UnsafeEntryError, unpack
+from chandlery.demo import sandbox
+from chandlery.demo.sandbox import SandboxError, UnsafeEntryError, unpack
 
 P = ParamSpec("P")
 R = TypeVar("R")

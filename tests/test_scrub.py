@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from chandlery.maintenance.repaired_blobs import RepairedBlobs
+from chandlery.maintenance.scrub import Finding, Problem, Scrub, written_since
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage
-from chandlery.repaired_blobs import RepairedBlobs
-from chandlery.scrub import Finding, Problem, Scrub, written_since
 from chandlery.storage.blob_store import BlobInfo, is_intact
 from memory_blob_store import MemoryBlobStore
 from test_repaired_blobs import a_blob, flip

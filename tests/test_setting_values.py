@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.setting_values import dotted, leaves, shown, toml, without_secrets
+from chandlery.settings.values import dotted, leaves, shown, toml, without_secrets
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]))
 SCALARS = st.one_of(TEXTS, st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(-1e300, 1e300))

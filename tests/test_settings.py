@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from chandlery.errors import SettingsError
-from chandlery.setting_places import DEFAULT, Origin
-from chandlery.settings import Settings
+from chandlery.settings.places import DEFAULT, Origin
+from chandlery.settings.settings import Settings
 
 WriteFile = Callable[[str], Path]
 

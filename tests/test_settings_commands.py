@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.settings import Settings
+from chandlery.settings.settings import Settings
 from package_sets import SOURCE
 from servers import LIMIT, free_port, plain_environment
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.errors import StorageError, StorageFullError, TooManyReferencesError
-from chandlery.source_trees import SourceTrees
+from chandlery.sources.trees import SourceTrees
 
 HOUR = 3600.0
 
@@ -227,7 +227,7 @@ async def test_a_kill_leaves_nothing_half_made_and_what_it_left_is_removed(
     trees: SourceTrees, folder: Path
 ) -> None:
     script = (
-        "import asyncio, sys; from pathlib import Path; from chandlery.source_trees import *\n"
+        "import asyncio, sys; from pathlib import Path; from chandlery.sources.trees import *\n"
         "async def fill(target):\n"
         "    target.mkdir(); (target / 'half').touch(); print('half', flush=True)\n"
         "    await asyncio.Event().wait()\n"

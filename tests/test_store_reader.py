@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.errors import StorePathContentError, UnsupportedEntryError
-from chandlery.store_reader import Entry, EntryKind, Layout, StoreReader, follow
+from chandlery.layers.store_reader import Entry, EntryKind, Layout, StoreReader, follow
 from physical_store import Executable, Link, PhysicalStore, store_path
 
 names = st.binary(min_size=1, max_size=4).filter(lambda name: not {b"/"[0], 0} & set(name))

@@ -18,7 +18,7 @@ import pytest
 from certificates import Certificate, make_certificate
 from chandlery.errors import SettingsError
 from chandlery.oci.digest import Digest
-from chandlery.tls import CertificateCopy, CertificateWatch
+from chandlery.server.tls import CertificateCopy, CertificateWatch
 from package_sets import SOURCE, Gates
 from servers import LIMIT, RunningServer, serving, wait_until
 

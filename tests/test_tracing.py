@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from chandlery.build import Build
-from chandlery.build_queue import BuildQueue, QueueLimits
+from chandlery.builds.build import Build
+from chandlery.builds.build_queue import BuildQueue, QueueLimits
 from chandlery.errors import BuildError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, Descriptor
-from chandlery.request_log import RequestLog
-from chandlery.tracing import Traces
+from chandlery.server.request_log import RequestLog
+from chandlery.server.tracing import Traces
 from servers import environment
 
 IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)
@@ -133,8 +133,8 @@ async def test_a_trace_that_makes_no_sense_harms_nobody(recorded: Recorded, valu
 
 APP = """
 import sys
-from chandlery.app import create_app
-from chandlery.settings import Settings
+from chandlery.server.app import create_app
+from chandlery.settings.settings import Settings
 {before}
 app = create_app(Settings.load())
 imported = {{name.partition(".")[0] for name in sys.modules}} & {{"opentelemetry"}}

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.build_claims import BuildClaims
+from chandlery.builds.locks import BuildClaims
+from chandlery.builds.recipe import BuildOptions, ImageOrigin
+from chandlery.builds.unfinished import UnfinishedBuilds
 from chandlery.image import name as image_name
 from chandlery.image.name import Vocabulary
-from chandlery.image_origin import BuildOptions, ImageOrigin
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.unfinished_builds import UnfinishedBuilds
 
 
 def an_origin(*packages: str) -> ImageOrigin:

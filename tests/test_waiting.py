@@ -3,7 +3,7 @@ from urllib.parse import urljoin, urlsplit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.waiting import WaitPolicy
+from chandlery.registry.waiting import WaitPolicy
 
 PATH = "/v2/shell/git/manifests/latest"
 

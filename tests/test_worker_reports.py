@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from chandlery.server.worker_reports import Report, ReportedBuild, WorkerReports
 from chandlery.telemetry.metrics import Metrics
-from chandlery.worker_reports import Report, ReportedBuild, WorkerReports
 
 BUILDS = [
     ReportedBuild(2.0, False, {"id": "runs", "state": "running"}),

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import layers
-from chandlery.build_index import BuildIndex
-from chandlery.debian_index import DebianMirrors
+from chandlery.builds.images import BuildCapacity, ImageBuilder
+from chandlery.builds.index import BuildIndex
+from chandlery.builds.recipe import BuildOptions
 from chandlery.image import name as image_name
 from chandlery.image.name import LATEST, ImageRequest, Vocabulary
-from chandlery.image_builder import BuildCapacity, ImageBuilder
-from chandlery.image_origin import BuildOptions
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.configuration import host_paths
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, ManifestFormat, PackedLayer, Platform
-from chandlery.package_source import PackageSource, parse
-from chandlery.popularity import Popularity
-from chandlery.sources import Sources
+from chandlery.plan.popularity import Popularity
+from chandlery.sources.configured import Sources
+from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.package_source import PackageSource, parse
 from chandlery.storage.blob_store import FileBlobStore
 from chandlery.storage.leases import Leases
 from package_sets import SOURCE, Gates

@@ -1,6 +1,6 @@
 """`python -m chandlery` is the `chandlery` command."""
 
-from chandlery.cli import main
+from chandlery.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as data; how an error looks on the wire is decided in `registry_api`.
+"""Everything that can go wrong, as data; how an error looks on the wire is decided in `registry.api`.
 
 ChandleryError
 ├── InvalidDigestError          not a digest

@@ -16,8 +16,8 @@ import httpx
 import obstore
 import pytest
 
+from chandlery.demo.registry_client import PullError, pull
 from chandlery.oci.digest import Digest
-from chandlery.registry_client import PullError, pull
 from end_to_end.clients import ClientError, Containerd, Docker, Podman, Skopeo
 from package_sets import SOURCE
 from servers import LIMIT, RunningServer, environment, serving, wait_until

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chandlery.demo.sandbox import unpack
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import DOCKER_MANIFEST, OCI_MANIFEST
-from chandlery.sandbox import unpack
 from end_to_end.clients import ClientError, Containerd, Docker, Engine, Podman, Skopeo
 from end_to_end.conftest import Server, TlsServer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chandlery.registry_client import pull
+from chandlery.demo.registry_client import pull
 from end_to_end.conftest import require
 from package_sets import SOURCE, Gates
 from servers import LIMIT, RunningServer, serving, wait_until

@@ -16,7 +16,7 @@ import pytest
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 
-from chandlery.layer_archive import pack_store_paths
+from chandlery.layers.archive import pack_store_paths
 from chandlery.nix.closure import StorePath
 from end_to_end.clients import Containerd, Skopeo
 from end_to_end.conftest import Server

@@ -1,0 +1,1 @@
+"""From an image request to the stored image: recipe, queue, pipeline, index."""

@@ -1,0 +1,128 @@
+"""From attribute paths to derivations: asked of Nix once per pin, and then remembered.
+
+What an attribute path gives at a pin never changes, so a new mix of known packages calls no evaluator. What
+is missing or can't be evaluated isn't remembered: it is told, all of it at once, with the nearest names.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import structlog
+from rapidfuzz import process
+from rapidfuzz.distance import OSA
+
+from chandlery.builds.index import BuildIndex
+from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
+from chandlery.nix.nix import Nix, Resolution
+from chandlery.nix.pinned_source import PinnedSource
+from chandlery.oci.digest import Digest
+from chandlery.telemetry.metrics import Metrics
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# Goes up when the expressions of `nix/` make other derivations of the same package set.
+_DERIVATIONS_VERSION = "2"
+
+_SUGGESTIONS = 3
+# Sets of names that are kept, those within sets included.
+_MOST_PLACES = 100
+# Seconds that who pulls waits for suggestions, at most.
+_SUGGESTIONS_TIMEOUT = 20.0
+_CANDIDATES = 50
+# Of 1: as many letters as the longer name has, less the mistakes between them, over that number.
+_SIMILAR_ENOUGH = 0.5
+_SIMILAR_WITH_DOTS = 0.75
+
+
+def nearest(name: str, names: Sequence[str], similar_enough: float = _SIMILAR_ENOUGH) -> list[str]:
+    """Give the names that are spelled most alike; two swapped letters are one mistake.
+
+    Of those that are equally near, one with the same letters comes first, then one with the same beginning.
+    """
+    found = process.extract(
+        name, names, scorer=OSA.normalized_similarity, limit=_CANDIDATES, score_cutoff=similar_enough
+    )
+    letters = sorted(name)
+    ranked = sorted(
+        (-score, sorted(other) != letters, other[:1] != name[:1], other) for other, score, _ in found
+    )
+    return [other for *_, other in ranked[:_SUGGESTIONS]]
+
+
+class PackageResolver:
+    """Resolves in any pinned source, for any system (`x86_64-linux`)."""
+
+    def __init__(self, nix: Nix, index: BuildIndex, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
+        self._nix = nix
+        self._index = index
+        self._names: dict[tuple[str, ...], list[str]] = {}
+
+    async def resolve(
+        self, pin: PinnedSource, system: str, attribute_paths: Sequence[str], *, remembered: bool = True
+    ) -> Mapping[str, Resolution]:
+        """Find a derivation for every attribute path; with `remembered` false, by evaluation alone.
+
+        Raises `PackagesNotFoundError` and `EvaluationError`, each with all the packages that it is about.
+        """
+        pin_key = Digest.of_parts([_DERIVATIONS_VERSION, *pin.key_parts, system]).hex
+        known: dict[str, Resolution] = {}
+        if remembered:
+            records = self._index.resolutions(pin_key, attribute_paths)
+            known = {path: msgspec.json.decode(record, type=Resolution) for path, record in records.items()}
+        unknown = [path for path in attribute_paths if path not in known]
+        self._metrics.looked_up("resolution", hits=len(known), misses=len(unknown))
+        if not unknown:
+            return known
+        answers = await self._nix.resolve(pin, system, unknown)
+        missing = [path for path in unknown if answers[path].status == "not_found"]
+        if missing:
+            raise PackagesNotFoundError(missing, await self._suggestions(pin, system, missing))
+        refused = {path: answers[path] for path in unknown if not answers[path].found}
+        if refused:
+            raise evaluation_error(
+                {path: {"reason": each.status, "message": each.message} for path, each in refused.items()}
+            )
+        records = {path: msgspec.json.encode(answer) for path, answer in answers.items()}
+        await asyncio.to_thread(self._index.remember_resolutions, pin_key, records)
+        return known | answers
+
+    async def _suggestions(
+        self, pin: PinnedSource, system: str, missing: Sequence[str]
+    ) -> Mapping[str, Sequence[str]]:
+        """Find the nearest names that the package set has, by edit distance; those that are found in time."""
+        suggestions: dict[str, Sequence[str]] = {path: [] for path in missing}
+        try:
+            async with asyncio.timeout(_SUGGESTIONS_TIMEOUT):
+                for path in missing:
+                    suggestions[path] = await self._nearest(pin, system, path)
+        except (TimeoutError, NixError, StorageError) as error:
+            log.info("no suggestions", source=pin.location, reason=str(error) or "it took too long")
+        return suggestions
+
+    async def _nearest(self, pin: PinnedSource, system: str, path: str) -> list[str]:
+        *parent, last = path.split(".")
+        names = await self._names_below(pin, system, parent)
+        found = [".".join([*parent, name]) for name in await asyncio.to_thread(nearest, last, names)]
+        if parent and not found:
+            # The dots may be part of a name, as in Debian's python3.11.
+            names = await self._names_below(pin, system, [])
+            found = await asyncio.to_thread(nearest, path, names, _SIMILAR_WITH_DOTS)
+        return found
+
+    async def _names_below(self, pin: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
+        place = (*pin.key_parts, system, *parent)
+        names = self._names.get(place)
+        if names is None:
+            names = await self._nix.attribute_names(pin, system, parent)
+            # A package set may have 100,000 names: those of a source's earlier pins are let go.
+            self._names = {
+                known: of
+                for known, of in self._names.items()
+                if known[:2] != place[:2] or known[2] == place[2]
+            }
+            self._names[place] = names
+            if len(self._names) > _MOST_PLACES:
+                del self._names[next(iter(self._names))]
+        return names

@@ -1,0 +1,1 @@
+"""Commands: `chandlery serve`, `build`, `plan` and the others, a module for each."""

@@ -1,0 +1,1 @@
+"""`make demo`: a server, a client and a sandbox that show everything at once, apart from the product."""

@@ -1,0 +1,1 @@
+"""`chandlery doctor`: how a machine is examined, and what is looked at."""

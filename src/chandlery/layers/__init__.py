@@ -1,0 +1,1 @@
+"""Layers: store paths as deterministic, compressed tar archives; the root filesystem layer."""

@@ -1,0 +1,92 @@
+"""The last layer, packed; its functions take arguments that can be sent to another process.
+
+What it holds is decided in `layers.root_filesystem`. An operator's commands may change it first: they run in
+Nix's sandbox over the layer as a tar (`nix/extra_commands.nix`), and give a store path with the root layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chandlery.image.profile import Account
+from chandlery.layers.archive import pack
+from chandlery.layers.compression import COMPRESSIONS
+from chandlery.layers.root_filesystem import main_program, owned, program_named, root_filesystem
+from chandlery.layers.store_reader import StoreReader
+from chandlery.nix.closure import Closure, StorePath
+from chandlery.oci.documents import PackedLayer
+
+# Counts up when the same packages give another root filesystem.
+ROOT_LAYER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RootLayerOptions:
+    """Who owns the layer; store paths to put in beside the packages; a bash script that runs over it."""
+
+    uid: int = 0
+    gid: int = 0
+    contents: tuple[StorePath, ...] = ()
+    extra_commands: str = ""
+
+    def key_parts(self) -> list[str]:
+        """Give all of it as text, for a build's key."""
+        return [str(self.uid), str(self.gid), self.extra_commands, *map(str, self.contents)]
+
+
+@dataclass(frozen=True, slots=True)
+class MainPackage:
+    """The one package that was asked for, whose program the image starts."""
+
+    store_path: StorePath
+    name: str
+    main_program: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RootLayer:
+    """The layer, and the path of the main package's program."""
+
+    layer: PackedLayer
+    main_program: str | None
+
+
+def pack_root_layer(
+    store_root: Path,
+    closure: Closure,
+    roots: Sequence[StorePath],
+    owner: tuple[int, int],
+    account: Account | None,
+    main: MainPackage | None,
+    compression: str,
+    destination: Path,
+) -> RootLayer:
+    """Pack the root filesystem of a closure; raises what `root_filesystem` and `pack` raise."""
+    reader = StoreReader(store_root)
+    entries = root_filesystem(closure, roots, reader, uid=owner[0], gid=owner[1], account=account)
+    program = _main_program(reader, closure, main) if main else None
+    return RootLayer(pack(entries, COMPRESSIONS[compression], destination), program)
+
+
+def _main_program(reader: StoreReader, closure: Closure, main: MainPackage) -> str | None:
+    """Find a package's program: its own, or one of its name among what it needs.
+
+    Debian's python3 is a link in python3-minimal, and its perl is perl-base's.
+    """
+    everything = [node.path for node in closure.nodes]
+    return main_program(reader, [main.store_path], main.main_program, main.name) or program_named(
+        reader, everything, main.name
+    )
+
+
+def pack_changed_root_layer(
+    store_root: Path,
+    store_path: StorePath,
+    owner: tuple[int, int],
+    account: Account | None,
+    compression: str,
+    destination: Path,
+) -> PackedLayer:
+    """Pack what the operator's commands made of the root filesystem; raises what `pack` raises."""
+    entries = (owned(entry, owner, account) for entry in StoreReader(store_root).entries(store_path))
+    return pack(entries, COMPRESSIONS[compression], destination)

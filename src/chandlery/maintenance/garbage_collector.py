@@ -1,0 +1,221 @@
+"""Keeps blobs and Nix's store within a limit, while builds and pulls go on.
+
+When both together take more than the limit, this goes, until they take nine tenths of it:
+
+1. of a Nix store of Chandlery's own, what no running build needs, as far as it takes more than a quarter of
+   the limit: it only saves work for images to come;
+2. blobs that no image in the index needs, the oldest first;
+3. images, the least recently used first, and of their blobs those that no image needs that is kept. An image
+   that was used within the grace time stays, since its client may still be fetching layers;
+4. the rest of what can go of Nix's store;
+5. images within the grace time, down to a tenth of it, but only if still more than twice the limit is taken.
+
+Nothing is lost by it: an image that was collected is made again from its origin for whoever asks for it, by
+name or by digest. An image is forgotten before its blobs are deleted; a crash in between leaves blobs that
+nobody needs. How a blob is kept that somebody has just begun to count on is told in `leases`.
+
+Blobs that aren't on this disk, but in a bucket, don't count and stay: then only Nix's store is collected.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from chandlery.builds.index import BuildIndex, RecordedImage
+from chandlery.errors import ChandleryError
+from chandlery.nix.nix import Nix
+from chandlery.oci.digest import Digest
+from chandlery.storage.blob_store import BlobInfo, BlobStore
+from chandlery.storage.leases import Leases
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# Shares of the limit: what is aimed at, what Nix's store may have of it, and what is far too much.
+_TARGET = 0.9
+_NIX_SHARE = 0.25
+_FAR_TOO_MUCH = 2.0
+
+# Of the grace time, when far too much is taken.
+_SHORT_GRACE = 0.1
+# So often the use of an image has to be written, as a share of the grace time and in seconds.
+_USE_SHARE = 0.02
+_USE_INTERVAL = 60.0
+
+# Images that were collected and can still be made again for who asks for one of their digests.
+_REMEMBERED_ORIGINS = 10_000
+
+# Blobs that are deleted at a time: meanwhile no lease can be taken.
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLimits:
+    """How much blobs on this disk and Chandlery's own Nix store may take, in bytes, or 0 for no limit.
+
+    An image that was used in the last `grace` seconds stays.
+    """
+
+    size: int = 0
+    grace: float = 3600.0
+
+
+def use_interval(grace: float) -> float:
+    """Tell how often the use of an image has to be written, in seconds, lest one in use looks unused."""
+    return min(_USE_INTERVAL, _USE_SHARE * grace)
+
+
+@dataclass(slots=True)
+class Collected:
+    """What a collection found and freed, or would free; sizes in bytes."""
+
+    limit: int
+    blobs: int
+    nix: int
+    freed_blobs: int = 0
+    freed_nix: int = 0
+    orphans: int = 0
+    images: list[RecordedImage] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """What blobs and Nix's store take when this is done."""
+        return self.blobs + self.nix - self.freed_blobs - self.freed_nix
+
+    @property
+    def excess(self) -> int:
+        """What has still to go; negative if there is room."""
+        return self.size - int(_TARGET * self.limit)
+
+
+class GarbageCollector:
+    """Collects garbage in a data folder that other processes may use at the same time."""
+
+    def __init__(
+        self, blobs: BlobStore, index: BuildIndex, leases: Leases, nix: Nix, limits: DiskLimits
+    ) -> None:
+        self._blobs = blobs
+        self._index = index
+        self._leases = leases
+        self._nix = nix
+        self._limits = limits
+
+    async def run(self, interval: float) -> None:
+        """Collect once in `interval` seconds, for ever."""
+        while True:
+            try:
+                await (self.collect() if self._limits.size else self.sweep())
+            except ChandleryError as error:
+                log.warning("garbage can't be collected", reason=str(error))
+            await asyncio.sleep(interval)
+
+    async def collect(self, *, dry_run: bool = False) -> Collected:
+        """Remove what dead processes left, and what has to go for the limit; or only tell what would go."""
+        if not dry_run:
+            await self.sweep()
+        local = self._blobs.on_this_disk
+        inventory = await self._blobs.inventory() if local else {}
+        nix = sum((await self._nix_sizes()).values())
+        done = Collected(self._limits.size, sum(info.size for info in inventory.values()), nix)
+        if done.limit and done.size > done.limit:
+            images = deque(await asyncio.to_thread(self._index.least_recently_used) if local else ())
+            references = await asyncio.to_thread(self._index.references)
+            await self._collect(_Run(dry_run, inventory, images, references, done))
+            log.info(
+                "garbage collected",
+                dry_run=dry_run,
+                bytes=done.size,
+                limit=done.limit,
+                freed_blobs=done.freed_blobs,
+                freed_nix=done.freed_nix,
+                images=len(done.images),
+            )
+            if done.size > done.limit:
+                log.warning(
+                    "what is in use takes more than the disk limit", bytes=done.size, limit=done.limit
+                )
+        return done
+
+    async def sweep(self) -> None:
+        """Remove what dead processes left, and what has been remembered long enough."""
+        await self._blobs.sweep()
+        await self._leases.sweep()
+        await asyncio.to_thread(self._index.forget_origins, _REMEMBERED_ORIGINS)
+
+    async def _collect(self, run: "_Run") -> None:
+        now, grace, limit = time.time(), self._limits.grace, run.done.limit
+        await self._collect_nix(run, int(_NIX_SHARE * limit))
+        await self._collect_orphans(run, now - grace)
+        await self._collect_images(run, now - grace)
+        await self._collect_nix(run, 0)
+        if run.done.size > _FAR_TOO_MUCH * limit:
+            await self._collect_images(run, now - _SHORT_GRACE * grace)
+
+    async def _collect_nix(self, run: "_Run", share: int) -> None:
+        """Free what can be freed of Nix's store, until it takes no more than a share."""
+        done = run.done
+        freed = -1
+        # Nix counts what a path takes on the disk, which may be more than its nar size: so it is asked again.
+        while (surplus := min(done.excess, done.nix - done.freed_nix - share)) > 0 and done.freed_nix > freed:
+            freed = done.freed_nix
+            if run.dry:
+                sizes, garbage = await self._nix_sizes(), await self._nix.garbage()
+                done.freed_nix = min(freed + surplus, sum(sizes.get(path, 0) for path in garbage))
+            else:
+                await self._nix.collect_garbage(surplus)
+                done.freed_nix = done.nix - sum((await self._nix_sizes()).values())
+
+    async def _collect_orphans(self, run: "_Run", written_before: float) -> None:
+        """Delete the oldest blobs that no image needs."""
+        orphans = deque(
+            digest
+            for digest, info in sorted(run.inventory.items(), key=lambda item: (item[1].written_at, item[0]))
+            if not run.references[digest] and info.written_at < written_before
+        )
+        while orphans and run.done.excess > 0:
+            batch = [orphans.popleft() for _ in range(min(_BATCH, len(orphans)))]
+            run.done.orphans += await self._delete(run, batch)
+
+    async def _collect_images(self, run: "_Run", used_before: float) -> None:
+        """Forget the least recently used images, and delete the blobs that only they need."""
+        while run.images and run.done.excess > 0 and run.images[0].last_used < used_before:
+            image = run.images.popleft()
+            if run.dry or await asyncio.to_thread(self._index.forget_image, image.key, used_before):
+                blobs = await asyncio.to_thread(self._index.blobs_of, image.key)
+                run.references.subtract(list(blobs))
+                await self._delete(run, [digest for digest in blobs if not run.references[digest]])
+                run.done.images.append(image)
+
+    async def _delete(self, run: "_Run", digests: Collection[Digest]) -> int:
+        """Delete blobs that nobody needs; give how many."""
+        if run.dry:
+            unneeded = set(digests)
+        else:
+            async with self._leases.locked():
+                # In this order, see `leases`: a build gives its lease back when the index has its image.
+                leased = self._leases.leased()
+                needed = await asyncio.to_thread(self._index.needed, digests)
+                unneeded = set(digests) - leased - needed
+                for digest in sorted(unneeded):
+                    await self._blobs.delete(digest)
+            await asyncio.to_thread(self._index.forget_layers, unneeded)
+        run.done.freed_blobs += sum(run.inventory[each].size for each in unneeded if each in run.inventory)
+        return len(unneeded)
+
+    async def _nix_sizes(self) -> Mapping[str, int]:
+        """Give the sizes of what may be collected of Nix's store: nothing is, if it is the machine's."""
+        return await self._nix.sizes() if self._nix.owns_store else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One collection: what there was at its beginning, and what is left to decide about."""
+
+    dry: bool
+    inventory: Mapping[Digest, BlobInfo]
+    images: deque[RecordedImage]  # the least recently used first
+    references: Counter[Digest]  # by images that are kept
+    done: Collected

@@ -1,0 +1,1 @@
+"""Layer plans: which store paths share a layer. Pure: no I/O."""

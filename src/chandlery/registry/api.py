@@ -1,0 +1,428 @@
+"""The OCI distribution API at /v2: parse the request, nothing else.
+
+Images come from an `ImageSource`, blobs from a `BlobSource`. Every answer under /v2 that is no success has an
+OCI error body, which `endpoint` makes. Which test shows each requirement of distribution-spec is told in
+docs/conformance.md.
+"""
+
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from secrets import token_hex
+from typing import Protocol
+from urllib.parse import urlencode
+
+import msgspec
+import structlog
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from chandlery.access.client_address import Network, client_address
+from chandlery.access.control import TOKEN_PATH, AccessControl
+from chandlery.builds.images import Pulled
+from chandlery.errors import (
+    BlobNotFoundError,
+    BuildPendingError,
+    ReferenceNotFoundError,
+)
+from chandlery.image import name as image_name
+from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.oci.digest import Digest
+from chandlery.oci.documents import (
+    DOCKER_MANIFEST,
+    DOCKER_MANIFEST_LIST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    canonical_json,
+)
+from chandlery.registry.endpoint import Endpoint, RefusedError, error_response
+from chandlery.registry.lru_cache import BoundedMemory
+from chandlery.registry.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
+from chandlery.registry.response_cache import LastingResponse
+from chandlery.registry.token_endpoint import TokenEndpoint
+from chandlery.registry.waiting import WaitPolicy
+from chandlery.storage.blob_store import BlobSource, content_of
+from chandlery.storage.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# distribution-spec, "Pushing manifests": larger ones need not be taken.
+_LARGEST_MANIFEST = 4 << 20
+_MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST, OCI_INDEX, DOCKER_MANIFEST_LIST})
+
+# distribution-spec, "Warnings": clients may cut what is longer than 4096 bytes in all.
+_LONGEST_WARNING = 4000
+
+_BLOB_TYPE = "application/octet-stream"
+_FOR_EVER = "max-age=31536000, immutable"
+
+# Bytes.
+_MANIFESTS_IN_MEMORY = 32 << 20
+
+# Seconds for which a client that is sent to a bucket can begin there; it comes back here for more.
+_URL_LIFETIME = 1200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How clients wait, which proxies may say who a client is, and who may ask for what: all may without."""
+
+    wait: WaitPolicy = field(default_factory=WaitPolicy)
+    trusted_proxies: tuple[Network, ...] = ()
+    control: AccessControl | None = None
+
+
+_DEFAULT_ACCESS = Access()
+
+
+class ImageSource(Protocol):
+    """Where images come from; every method may raise any `ChandleryError`."""
+
+    async def pull(self, request: ImageRequest, client: str, timeout: float, *, index: bool) -> Pulled:
+        """Give what a tag names, building it if need be: an image, or an index for who takes one.
+
+        Its blobs and manifests are in the blob store. `client` is who asks, for fairness. After `timeout`
+        seconds `BuildPendingError` is raised, and the build goes on. Cancelling the call must not stop a
+        build that somebody else waits for.
+        """
+        ...
+
+    async def tags(self, request: ImageRequest) -> Sequence[str]:
+        """Give the tags of an image, in any order; the request's reference means nothing here."""
+        ...
+
+    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
+        """Tell whether an image of this name was made that needs a blob, at whatever revision."""
+        ...
+
+    @property
+    def moment(self) -> float:
+        """For how many seconds nobody need look again whether blobs are there that are only described."""
+        ...
+
+    async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
+        """Tell whether `pull` would give the same now, and with `whole` that all of its blobs are there.
+
+        It builds nothing, and may raise any `ChandleryError`.
+        """
+        ...
+
+
+class _ManifestKind(msgspec.Struct, rename="camel"):
+    """What tells a manifest from any other blob."""
+
+    schema_version: int
+    media_type: str
+
+
+class _RestConvertor(Convertor[str]):
+    """Any text in a path; Starlette's own `path` stops at a line break."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("rest", _RestConvertor())
+
+
+def routes(
+    images: ImageSource, blobs: BlobSource, vocabulary: Vocabulary, access: Access = _DEFAULT_ACCESS
+) -> list[Route]:
+    """Give the routes of /v2; `vocabulary` is that of image names."""
+    api = _RegistryAPI(images, blobs, vocabulary, access)
+    endpoint = partial(Endpoint, access.control)
+    accounts = access.control.accounts if access.control else None
+    token_routes = []
+    if access.control and accounts:
+        token = TokenEndpoint(access.control, accounts, vocabulary)
+        token_routes = [Route(TOKEN_PATH, endpoint(token, ("GET", "POST")), name="token")]
+    # A name may hold "manifests" or "blobs" as well: {name:rest} takes as much as it can, so the rightmost
+    # counts.
+    return [
+        Route("/v2", endpoint(api.base), name="base"),
+        Route("/v2/", endpoint(api.base), name="base"),
+        *token_routes,
+        Route("/v2/{name:rest}/manifests/{reference}", endpoint(api.manifest), name="manifest"),
+        Route("/v2/{name:rest}/blobs/{digest}", endpoint(api.blob), name="blob"),
+        Route("/v2/{name:rest}/tags/list", endpoint(api.tags), name="tags"),
+        Route("/v2/{name:rest}/referrers/{digest}", endpoint(api.referrers), name="referrers"),
+        Route("/v2/{name:rest}/blobs/uploads/{session:rest}", endpoint(api.unknown, ()), name="upload"),
+        Route("/v2/_catalog", endpoint(api.catalog), name="catalog"),
+        Route("/v2/{rest:rest}", endpoint(api.unknown), name="unknown"),
+    ]
+
+
+class _RegistryAPI:
+    """The handlers, in the order of distribution-spec's table of endpoints."""
+
+    def __init__(
+        self, images: ImageSource, blobs: BlobSource, vocabulary: Vocabulary, access: Access
+    ) -> None:
+        self._images = images
+        self._blobs = blobs
+        self._vocabulary = vocabulary
+        self._access = access
+        # What not everybody may have, a cache that many share may not keep.
+        self._for_ever = f"{'private' if access.control else 'public'}, {_FOR_EVER}"
+        self._contents: BoundedMemory[Digest, bytes] = BoundedMemory(_MANIFESTS_IN_MEMORY)
+
+    async def base(self, request: Request) -> Response:
+        """Say that this is a registry (end-1), to clients that may know; they ask so whether to log in."""
+        if self._access.control:
+            await self._access.control.admit(request)
+        return Response(b"{}", media_type="application/json")
+
+    async def blob(self, request: Request) -> Response:
+        """Give a blob or ranges of it (end-2)."""
+        wanted = await self._image_request(request)
+        digest = Digest.parse(request.path_params["digest"])
+        info = await self._blobs.stat(digest) if await self._may_have(wanted, digest) else None
+        if info is None:
+            raise BlobNotFoundError(str(digest))
+        headers = {**_digest_headers(digest), "cache-control": self._for_ever, "accept-ranges": "bytes"}
+        _check_wanted(request, digest)
+        if is_known(request.headers, digest):
+            return Response(status_code=304, headers=headers)
+        ranges = _ranges(request, digest, info.size)
+        url = await self._blobs.url(digest, _URL_LIFETIME) if _may_be_sent_on(request, ranges) else None
+        if url:
+            headers |= {"location": url, "cache-control": "no-store"}
+            return Response(status_code=307, headers=headers)
+        if ranges:
+            return self._partial_blob(digest, info.size, ranges, headers)
+        headers["content-length"] = str(info.size)
+        if request.method == "HEAD":
+            return Response(headers=headers, media_type=_BLOB_TYPE)
+        path = self._blobs.path(digest)
+        if path is None:
+            return StreamingResponse(self._blobs.read(digest), headers=headers, media_type=_BLOB_TYPE)
+        # FileResponse lets the server send the file. What Range says has been decided above, by the digest.
+        request.scope["headers"] = [item for item in request.scope["headers"] if item[0] != b"range"]
+        return FileResponse(path, headers=headers, media_type=_BLOB_TYPE)
+
+    async def manifest(self, request: Request) -> Response:
+        """Give a manifest (end-3): a tag's is built now if need be, a digest's if it was there once."""
+        reference = request.path_params["reference"]
+        check: Callable[[], Awaitable[bool]] | None
+        if image_name.is_digest(reference):
+            digest = Digest.parse(reference)
+            wanted = await self._image_request(request)
+            try:
+                descriptor, content = await self._manifest_by_digest(wanted, digest)
+            except BuildPendingError as pending:
+                return self._keep_waiting(request, pending)
+            headers = {"cache-control": self._for_ever}
+            check, lifetime = partial(self._is_there, digest), self._images.moment
+        else:
+            wanted = await self._image_request(request, reference)
+            accepted = accepted_formats(request.headers.getlist("accept"))
+            try:
+                pulled = await self._images.pull(
+                    wanted, self._client(request), self._access.wait.hold, index=accepted.index is not None
+                )
+            except BuildPendingError as pending:
+                return self._keep_waiting(request, pending)
+            descriptor = pulled.manifests[accepted.manifest]
+            if accepted.index and pulled.is_index:
+                descriptor = pulled.manifests[accepted.index]
+            content = await self._read(descriptor.digest)
+            # What a tag names may change, and depends on Accept: ask again each time, and get a 304.
+            headers = {"cache-control": "no-cache", "vary": "Accept", **_pull_headers(pulled)}
+            # What a person should know is logged as well, each time.
+            check, lifetime = (None if pulled.warnings else self._check(pulled)), 0.0
+        headers |= _digest_headers(descriptor.digest)
+        _check_wanted(request, descriptor.digest)
+        if is_known(request.headers, descriptor.digest):
+            return Response(status_code=304, headers=headers)
+        if self._access.control or check is None:
+            return Response(content, headers=headers, media_type=descriptor.media_type)
+        return LastingResponse(content, headers, descriptor.media_type, check, lifetime)
+
+    async def _is_there(self, digest: Digest) -> bool:
+        return await self._blobs.stat(digest) is not None
+
+    def _check(self, pulled: Pulled) -> Callable[[], Awaitable[bool]]:
+        """Make what tells whether a tag still means what was pulled; its blobs are looked at now and then."""
+        whole_until = time.monotonic() + self._images.moment
+
+        async def check() -> bool:
+            nonlocal whole_until
+            now = time.monotonic()
+            whole = now >= whole_until
+            current = await self._images.is_current(pulled, whole=whole)
+            if whole:
+                whole_until = now + self._images.moment
+            return current
+
+        return check
+
+    def _keep_waiting(self, request: Request, pending: BuildPendingError) -> Response:
+        """Send a request on to itself, so that its client goes on waiting, or say that it waited enough."""
+        # Not request.url: it fails if the query isn't UTF-8.
+        query = request.scope["query_string"].decode("latin-1")
+        location = self._access.wait.next_location(request.scope["path"], query)
+        if location is None:
+            raise pending
+        headers = {"location": location}
+        return error_response(request, 307, "TOOMANYREQUESTS", str(pending), vars(pending), headers)
+
+    def _client(self, request: Request) -> str:
+        """Tell who sent a request; with access control, `_image_request` has found out."""
+        if self._access.control:
+            return str(request.state.client)
+        peer = request.client.host if request.client else ""
+        return client_address(peer, request.headers.getlist("x-forwarded-for"), self._access.trusted_proxies)
+
+    async def tags(self, request: Request) -> Response:
+        """List tags (end-8a and end-8b)."""
+        known = await self._images.tags(await self._image_request(request))
+        name = request.path_params["name"]
+        tags, more = _page(known, request.query_params.get("n"), request.query_params.get("last"))
+        headers = {"cache-control": "no-cache"}
+        if more:
+            # An absolute path: containers/image asks for it as it stands.
+            query = urlencode({"n": len(tags), "last": tags[-1]})
+            headers["link"] = f'</v2/{name}/tags/list?{query}>; rel="next"'
+        body = canonical_json({"name": name, "tags": tags})
+        return Response(body, headers=headers, media_type="application/json")
+
+    async def referrers(self, request: Request) -> Response:
+        """List what refers to a manifest (end-12a): nothing does, since nothing is pushed."""
+        await self._image_request(request)
+        Digest.parse(request.path_params["digest"])
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
+        # "If filtering is requested and applied, the response MUST include" this header (distribution-spec).
+        filtered = {"oci-filters-applied": "artifactType"} if "artifactType" in request.query_params else {}
+        return Response(canonical_json(index), headers=filtered, media_type=OCI_INDEX)
+
+    async def catalog(self, _: Request) -> Response:
+        """Refuse Docker's list of all names, which isn't in distribution-spec."""
+        raise RefusedError(404, "UNSUPPORTED", "there is no list: every mix of packages is a name")
+
+    async def unknown(self, request: Request) -> Response:
+        """Refuse every other path."""
+        raise RefusedError(404, "UNSUPPORTED", f"{request.scope['path']} is not in the distribution API")
+
+    async def _image_request(self, request: Request, reference: str = image_name.LATEST) -> ImageRequest:
+        """Read the name in a path, and see that its client may ask for it."""
+        name = request.path_params["name"]
+        wanted = image_name.parse(name, reference, self._vocabulary)
+        if self._access.control:
+            client = await self._access.control.authorize(request, name, wanted)
+            request.state.client = client.key
+        return wanted
+
+    async def _may_have(self, wanted: ImageRequest, digest: Digest) -> bool:
+        """Tell whether who may have an image may have a blob, if not everybody may have everything."""
+        control = self._access.control
+        return control is None or not control.restricts or await self._images.needs(wanted, digest)
+
+    async def _manifest_by_digest(self, wanted: ImageRequest, digest: Digest) -> tuple[Descriptor, bytes]:
+        """Read a manifest, and be sure that it is one: the blob store also holds layers and configs."""
+        name = wanted.name
+        try:
+            info = await self._blobs.stat(digest) if await self._may_have(wanted, digest) else None
+        except BlobNotFoundError as error:
+            raise ReferenceNotFoundError(name, str(digest), error.reason) from error
+        if info is not None and info.size <= _LARGEST_MANIFEST:
+            content = await self._read(digest)
+            try:
+                media_type = msgspec.json.decode(content, type=_ManifestKind).media_type
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                media_type = ""
+            if media_type in _MANIFEST_TYPES:
+                return Descriptor(media_type, digest, len(content)), content
+        raise ReferenceNotFoundError(name, str(digest), "pull a tag of this image, which builds it")
+
+    async def _read(self, digest: Digest) -> bytes:
+        """Give a manifest that is there; damaged ones aren't kept in memory."""
+        content = self._contents.get(digest)
+        if content is None:
+            content = await content_of(self._blobs, digest)
+            if Digest.of(content) == digest:
+                self._contents.put(digest, content, len(content))
+        return content
+
+    def _partial_blob(
+        self, digest: Digest, size: int, ranges: Sequence[ByteRange], headers: Mapping[str, str]
+    ) -> Response:
+        if len(ranges) == 1:
+            body = self._blobs.read(digest, ranges[0])
+            length, media_type = ranges[0].size, _BLOB_TYPE
+            headers = {**headers, "content-range": ranges[0].content_range(size)}
+        else:
+            multipart = Multipart(ranges, size, _BLOB_TYPE, boundary=token_hex(16))
+            body = self._multipart(digest, multipart)
+            length, media_type = multipart.content_length, multipart.media_type
+        return StreamingResponse(body, 206, {**headers, "content-length": str(length)}, media_type)
+
+    async def _multipart(self, digest: Digest, multipart: Multipart) -> AsyncIterator[bytes]:
+        for part in multipart.ranges:
+            yield multipart.head(part)
+            async for block in self._blobs.read(digest, part):
+                yield block
+        yield multipart.end
+
+
+def _page(tags: Iterable[str], n: str | None, last: str | None) -> tuple[list[str], bool]:
+    """Give the tags after `last`, at most `n` of them, and whether more follow."""
+    # "The tags MUST be in lexical or 'ASCIIbetical' order" (distribution-spec); 1.1.0 and before had no
+    # regard to case, but the conformance tests have.
+    after = sorted(tag for tag in set(tags) if last is None or tag > last)
+    if n is None:
+        return after, False
+    if re.fullmatch(r"[0-9]{1,18}", n) is None:
+        raise RefusedError(400, "UNSUPPORTED", f"n is {n[:20]!r}: expected a number of tags")
+    # "If <int> is zero, ... the registry MUST NOT include a Link header" (distribution-spec).
+    return after[: int(n)], 0 < int(n) < len(after)
+
+
+def _ranges(request: Request, digest: Digest, size: int) -> Sequence[ByteRange]:
+    """Give the ranges of a blob that the request is for; none means all of it."""
+    # Range means something with GET only (RFC 9110, section 14.2).
+    if request.method != "GET":
+        return ()
+    try:
+        return wanted_ranges(request.headers, digest, size)
+    except UnsatisfiableRangeError as error:
+        raise RefusedError(
+            416, "UNSUPPORTED", str(error), {"content-range": f"bytes */{error.size}"}
+        ) from error
+
+
+def _pull_headers(pulled: Pulled) -> dict[str, str]:
+    """Tell the revision that was pulled, and what the person who pulls should know.
+
+    Clients print a warning (distribution-spec, "Warnings"), which has neither quotes nor line breaks; of one
+    with a second quoted text containers/image prints nothing.
+    """
+    headers = {"chandlery-revision": pulled.pin.revision}
+    if pulled.warnings:
+        text = re.sub(r'[^ -~]|["\\]', " ", "; ".join(pulled.warnings))
+        headers["warning"] = f'299 - "{text[:_LONGEST_WARNING]}"'
+    return headers
+
+
+def _may_be_sent_on(request: Request, ranges: Sequence[ByteRange]) -> bool:
+    """Tell whether another server, with entity tags of its own, would give the same answer."""
+    tags_count = "if-match" in request.headers or "if-range" in request.headers
+    return request.method == "GET" and len(ranges) <= 1 and not tags_count
+
+
+def _check_wanted(request: Request, digest: Digest) -> None:
+    if is_unwanted(request.headers, digest):
+        raise RefusedError(412, "UNSUPPORTED", f"the content is {digest}, which If-Match does not name")
+
+
+def _digest_headers(digest: Digest) -> dict[str, str]:
+    return {"docker-content-digest": str(digest), "etag": entity_tag(digest)}

@@ -1,0 +1,1 @@
+"""The application that a server runs: its parts, what it logs and counts, its certificate."""

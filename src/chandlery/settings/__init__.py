@@ -1,0 +1,1 @@
+"""Settings: where each comes from, what is wrong with one, how they are shown."""

@@ -1,0 +1,1 @@
+"""The embedded package set: suites of Debian."""

@@ -1,0 +1,1 @@
+"""Package sets in git repositories."""
