@@ -174,3 +174,15 @@ def test_only_one_module_calls_nix(module: str) -> None:
         and NIX_PROGRAM.fullmatch(node.value)
     }
     assert bool(called) == (module == "nix.nix")
+
+
+TESTS = Path(__file__).parent
+each_test_file = pytest.mark.parametrize(
+    "file", [str(path.relative_to(TESTS)) for path in sorted(TESTS.rglob("*.py"))]
+)
+
+
+@each_test_file
+def test_a_test_imports_no_other_test(file: str) -> None:
+    imported = [name for name in imports(ast.parse((TESTS / file).read_text())) if name.startswith("tests.")]
+    assert all(name.startswith("tests.support.") for name in imported)

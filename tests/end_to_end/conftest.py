@@ -1,8 +1,6 @@
 """The server and the clients, one of each for all tests."""
 
 import os
-import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -10,31 +8,17 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 
-from end_to_end.clients import Containerd, Daemon, Docker, Engine, Podman, Skopeo
+from tests.support.clients import Containerd, Daemon, Docker, Engine, Podman, Skopeo
+from tests.support.running import Server, TlsServer, require
+from tests.support.servers import free_port
 
 # Seconds; the first start of all reads a package index.
 _SERVER_START_LIMIT = 180
-
-
-def require(*programs: str, root: bool = True) -> None:
-    """Skip the test if it can't run here; on CI that is a failure."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    if root and os.geteuid() != 0:
-        reason = "needs root"
-    elif missing:
-        reason = f"not installed: {', '.join(missing)}"
-    else:
-        return
-    if "CI" in os.environ:
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -71,29 +55,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return client
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running `chandlery serve`."""
-
-    address: str
-    data_dir: Path
-    log: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.address}"
-
-    def image(self, name: str, reference: str = "latest") -> str:
-        """Give an image's name as clients write it."""
-        return f"{self.address}/{name}{'@' if ':' in reference else ':'}{reference}"
-
-    def answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/v2/").status_code == httpx.codes.OK
-        except httpx.TransportError:
-            return False
-
-
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     require("nix", root=False)
@@ -118,20 +79,6 @@ def _data_folder() -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="chandlery-") as folder:
             yield Path(folder)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@dataclass(frozen=True, slots=True)
-class TlsServer:
-    """An HTTPS server that says "trusted", with a certificate that only `ca` (PEM) vouches for."""
-
-    url: str
-    ca: str
 
 
 class _Trusted(BaseHTTPRequestHandler):

@@ -13,12 +13,12 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from certificates import make_certificate
-from end_to_end.clients import ClientError, Containerd, Docker, Podman, Skopeo
-from end_to_end.conftest import require
-from end_to_end.test_wait import proxy
-from package_sets import SOURCE
-from servers import RunningServer, free_port, serving
+from tests.support.certificates import make_certificate
+from tests.support.clients import ClientError, Containerd, Docker, Podman, Skopeo
+from tests.support.package_sets import SOURCE
+from tests.support.proxy import proxy
+from tests.support.running import require
+from tests.support.servers import RunningServer, free_port, serving
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix]
 

@@ -18,10 +18,10 @@ import pytest
 
 from chandlery.demo.registry_client import PullError, pull
 from chandlery.oci.digest import Digest
-from end_to_end.clients import ClientError, Containerd, Docker, Podman, Skopeo
-from package_sets import SOURCE
-from servers import LIMIT, RunningServer, environment, serving, wait_until
-from swift_server import KEY, Swift, swift
+from tests.support.clients import ClientError, Containerd, Docker, Podman, Skopeo
+from tests.support.package_sets import SOURCE
+from tests.support.servers import LIMIT, RunningServer, environment, serving, wait_until
+from tests.support.swift_server import KEY, Swift, swift
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix]
 

@@ -11,8 +11,8 @@ import pytest
 from chandlery.demo.sandbox import unpack
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import DOCKER_MANIFEST, OCI_MANIFEST
-from end_to_end.clients import ClientError, Containerd, Docker, Engine, Podman, Skopeo
-from end_to_end.conftest import Server, TlsServer
+from tests.support.clients import ClientError, Containerd, Docker, Engine, Podman, Skopeo
+from tests.support.running import Server, TlsServer
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix, pytest.mark.mirror]
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from chandlery.oci.documents import OCI_MANIFEST
-from end_to_end.clients import Containerd, Docker, Podman, Skopeo
-from package_sets import SOURCE
-from servers import LIMIT, RunningServer, environment, serving
+from tests.support.clients import Containerd, Docker, Podman, Skopeo
+from tests.support.package_sets import SOURCE
+from tests.support.servers import LIMIT, RunningServer, environment, serving
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix]
 

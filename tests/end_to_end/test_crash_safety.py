@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from chandlery.oci.digest import Digest
-from package_sets import SOURCE
-from servers import LIMIT, RunningServer, serving
+from tests.support.package_sets import SOURCE
+from tests.support.servers import LIMIT, RunningServer, serving
 
 pytestmark = pytest.mark.nix
 

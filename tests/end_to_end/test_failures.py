@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from chandlery.demo.registry_client import pull
-from end_to_end.conftest import require
-from package_sets import SOURCE, Gates
-from servers import LIMIT, RunningServer, serving, wait_until
+from tests.support.package_sets import SOURCE, Gates
+from tests.support.running import require
+from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
 pytestmark = pytest.mark.nix
 

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from chandlery.oci.digest import Digest
-from end_to_end.conftest import require
-from end_to_end.generated_requests import FORGED, Request, broken_requests, requests
-from package_sets import SOURCE, Gates
-from servers import RunningServer, serving
+from tests.support.generated_requests import FORGED, Request, broken_requests, requests
+from tests.support.package_sets import SOURCE, Gates
+from tests.support.running import require
+from tests.support.servers import RunningServer, serving
 
 pytestmark = pytest.mark.nix
 

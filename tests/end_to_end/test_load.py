@@ -13,8 +13,8 @@ import pytest
 
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_MANIFEST
-from package_sets import SOURCE
-from servers import RunningServer, serving
+from tests.support.package_sets import SOURCE
+from tests.support.servers import RunningServer, serving
 
 pytestmark = pytest.mark.nix
 

@@ -13,9 +13,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
-from end_to_end.conftest import require
-from package_sets import PACKAGE_SET, Gates
-from servers import LIMIT, RunningServer, serving, wait_until
+from tests.support.package_sets import PACKAGE_SET, Gates
+from tests.support.running import require
+from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
 pytestmark = pytest.mark.nix
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from chandlery.oci.documents import OCI_INDEX, Platform
-from end_to_end.clients import Containerd, Docker, Engine, Podman, Skopeo
-from end_to_end.conftest import Server
-from servers import RunningServer, serving
+from tests.support.clients import Containerd, Docker, Engine, Podman, Skopeo
+from tests.support.running import Server
+from tests.support.servers import RunningServer, serving
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix, pytest.mark.mirror]
 

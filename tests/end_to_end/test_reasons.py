@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from chandlery.oci.documents import Platform
-from channel_server import SHAPE
-from end_to_end.clients import ClientError, Docker
-from servers import RunningServer, serving
+from tests.support.channel_server import SHAPE
+from tests.support.clients import ClientError, Docker
+from tests.support.servers import RunningServer, serving
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix]
 

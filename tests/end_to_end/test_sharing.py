@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chandlery.layers.archive import pack_store_paths
 from chandlery.nix.closure import StorePath
-from end_to_end.clients import Containerd, Skopeo
-from end_to_end.conftest import Server
-from servers import plain_environment
+from tests.support.clients import Containerd, Skopeo
+from tests.support.running import Server
+from tests.support.servers import plain_environment
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix, pytest.mark.mirror]
 

@@ -18,11 +18,11 @@ from typing import TypeVar
 import httpx
 import pytest
 
-import layers
 from chandlery.oci.digest import Digest
-from end_to_end.clients import Skopeo
-from servers import RunningServer, free_port, serving, wait_until
-from upstreams import NetworkUpstream, Upstream, Upstreams, upstreams
+from tests.support import layers
+from tests.support.clients import Skopeo
+from tests.support.servers import RunningServer, free_port, serving, wait_until
+from tests.support.upstreams import NetworkUpstream, Upstream, Upstreams, upstreams
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix]
 

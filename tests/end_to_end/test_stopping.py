@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from package_sets import SOURCE, Gates
-from servers import LIMIT, RunningServer, serving, wait_until
+from tests.support.package_sets import SOURCE, Gates
+from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
 pytestmark = pytest.mark.nix
 

@@ -1,6 +1,5 @@
 """A build that takes longer than any proxy or client holds a connection, behind a proxy that cuts at 30 s."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,43 +10,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from end_to_end.clients import ClientError, Containerd, Daemon, Docker, Podman, Skopeo
-from end_to_end.conftest import require
-from package_sets import SOURCE, Gates
-from servers import RunningServer, free_port, serving, wait_until
+from tests.support.clients import ClientError, Containerd, Docker, Podman, Skopeo
+from tests.support.package_sets import SOURCE, Gates
+from tests.support.proxy import proxy
+from tests.support.running import require
+from tests.support.servers import RunningServer, serving, wait_until
 
 pytestmark = [pytest.mark.clients, pytest.mark.nix]
 
 # Seconds. The build ends after this; the proxy gives up on a silent server after the other.
 _BUILD_TIME = 65.0
-_PROXY_LIMIT = 30
-_START_LIMIT = 60.0
-
-# /registry is the public address: the server knows neither it nor the port.
-_NGINX = """
-daemon off;
-master_process off;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{}}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    server {{
-        listen 127.0.0.1:{public};
-        location / {{
-            proxy_pass {private};
-            proxy_read_timeout {limit}s;
-            proxy_set_header Host $host;
-            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-        }}
-    }}
-}}
-"""
 
 
 @contextmanager
@@ -58,27 +30,6 @@ def chandlery(folder: Path, **variables: str) -> Iterator[tuple[RunningServer, G
     gates = Gates(folder / "gates", data_dir)
     with serving(data_dir, SOURCE, folder / "server.log", variables=variables) as server:
         yield server, gates
-
-
-@contextmanager
-def proxy(folder: Path, server: RunningServer, port: int | None = None) -> Iterator[int]:
-    """Start nginx in front of a server; give its port."""
-    public = port or free_port()
-    configuration = folder / "nginx.conf"
-    configuration.write_text(
-        _NGINX.format(folder=folder, public=public, private=server.url, limit=_PROXY_LIMIT)
-    )
-    argv = ["nginx", "-c", str(configuration), "-e", str(folder / "error.log")]
-    with Daemon.start(argv, os.environ, folder / "nginx.log") as daemon:
-        daemon.wait_until(lambda: answers(public), _START_LIMIT)
-        yield public
-
-
-def answers(port: int) -> bool:
-    try:
-        return not httpx.get(f"http://127.0.0.1:{port}/v2/").is_server_error
-    except httpx.TransportError:
-        return False
 
 
 def test_all_clients_wait_for_a_build_of_more_than_a_minute_behind_a_proxy(

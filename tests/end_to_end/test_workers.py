@@ -11,8 +11,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from package_sets import SOURCE, Gates
-from servers import LIMIT, RunningServer, serving
+from tests.support.package_sets import SOURCE, Gates
+from tests.support.servers import LIMIT, RunningServer, serving
 
 pytestmark = pytest.mark.nix
 

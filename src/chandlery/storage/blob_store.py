@@ -60,7 +60,7 @@ class BlobSource(Protocol):
 class BlobStore(BlobSource, Protocol):
     """Blobs by digest; a blob that `stat` knows is whole.
 
-    `tests/blob_store_contract.py` says what every store keeps. All methods raise `StorageError`.
+    `tests/support/blob_store_contract.py` says what every store keeps. All methods raise `StorageError`.
     """
 
     @property

@@ -1,1 +1,0 @@
-"""Tests with real container clients and the real server."""

@@ -1,0 +1,436 @@
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from chandlery.errors import SourceUnavailableError
+from chandlery.sources.debian.index import KEPT_LOCKS, DebianIndex, DebianMirrors, keep_lock, load_aliases
+from chandlery.sources.debian.snapshot import DebianLock, parse_packages
+from tests.support.debian_packages import Deb
+from tests.support.debian_repository import (
+    SECURITY,
+    SUITE,
+    UPDATES,
+    DebianRepository,
+    Fault,
+    debian_repository,
+    new_key,
+)
+from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
+from tests.support.processes import running
+
+PACKAGES_OF_AMD64 = "main/binary-amd64/Packages.xz"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[DebianRepository]:
+    with debian_repository(tmp_path) as repository:
+        repository.publish(Deb("bash"), Deb("libc-bin"), Deb("git", fields={"Depends": "bash"}))
+        yield repository
+
+
+@pytest.fixture
+def index(tmp_path: Path, repository: DebianRepository) -> DebianIndex:
+    return DebianIndex(tmp_path / "index", SUITE, "amd64", repository.mirrors)
+
+
+def names(index: DebianIndex) -> list[str]:
+    pinned = index.current()
+    assert pinned is not None
+    return (pinned.lock / "names.txt").read_text().splitlines()
+
+
+async def test_a_refresh_makes_a_lock_of_the_suite_its_updates_and_its_security_updates(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    repository.publish(Deb("git", "2"), release=UPDATES)
+    repository.publish(Deb("git", "3", "any"), Deb("new"), release=SECURITY)
+
+    pinned = await index.refresh()
+
+    assert pinned == index.current()
+    main, security = repository.mirrors.main, repository.mirrors.security
+    assert pinned.mirrors == (main, main, security)
+    assert {"bash", "git", "new", "bashInteractive"} <= set(names(index))
+    shards = "".join(path.read_text() for path in pinned.lock.glob("*.json"))
+    assert '"filename":"pool/main/git_3_amd64.deb","installed_size":0,"name":"git","repository":2' in shards
+    assert "git_1_all.deb" not in shards
+    assert "git_2_all.deb" not in shards
+
+
+async def test_an_index_that_did_not_change_gives_the_same_lock_and_is_not_fetched_again(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    first = await index.refresh()
+    assert await index.refresh() == first
+
+    fetched = [path for path in repository.requests if path.endswith(PACKAGES_OF_AMD64)]
+    assert fetched == [f"/debian/dists/{SUITE}/{PACKAGES_OF_AMD64}"]
+
+
+async def test_an_update_is_another_revision_and_the_one_before_can_still_be_had(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    first = await index.refresh()
+    repository.publish(Deb("jq"))
+    second = await index.refresh()
+
+    assert "jq" in names(index)
+    assert index.current() == second != first
+    assert index.at(first.revision) == first
+    assert index.at(first.revision[:16]) == first
+    assert "jq" not in (first.lock / "names.txt").read_text()
+
+
+def test_before_the_first_refresh_there_is_nothing(index: DebianIndex) -> None:
+    assert index.current() is None
+    assert index.at("0" * 64) is None
+    assert index.age() == float("inf")
+
+
+async def test_an_index_of_another_architecture_has_its_packages(
+    tmp_path: Path, repository: DebianRepository
+) -> None:
+    repository.publish(Deb("git", "2", "any"))
+    index = DebianIndex(tmp_path / "arm64", SUITE, "arm64", repository.mirrors)
+
+    lock = (await index.refresh()).lock
+
+    assert any("git_2_arm64.deb" in path.read_text() for path in lock.glob("*.json"))
+
+
+# What can't be trusted
+
+
+async def fails(index: DebianIndex, reason: str) -> None:
+    """Refresh, which fails for this reason, and see that what was kept before stays in force."""
+    before = index.current()
+    with pytest.raises(SourceUnavailableError, match=reason):
+        await index.refresh()
+    assert index.current() == before
+
+
+async def test_an_index_without_a_signature_is_refused(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    repository.publish(Deb("evil"), signed=False)
+    await fails(index, "is not signed")
+
+    repository.publish()
+    await index.refresh()
+    repository.publish(Deb("evil"), signed=False)
+    await fails(index, "is no longer signed")
+
+
+async def test_an_index_that_somebody_else_signed_is_refused(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    with new_key() as key:
+        repository.publish(Deb("evil"), signer=key)
+        await fails(index, "is not signed")
+
+        repository.publish()
+        await index.refresh()
+        repository.publish(Deb("evil"), signer=key)
+        await fails(index, "NO_PUBKEY")
+
+
+@pytest.mark.parametrize(
+    ("fault", "end"),
+    [
+        (Fault.CORRUPT, PACKAGES_OF_AMD64),
+        (Fault.TRUNCATE, PACKAGES_OF_AMD64),
+        (Fault.NOT_FOUND, PACKAGES_OF_AMD64),
+        (Fault.CORRUPT, "InRelease"),
+        (Fault.NOT_FOUND, "InRelease"),
+    ],
+)
+async def test_an_index_that_comes_wrong_or_not_at_all_is_refused(
+    repository: DebianRepository, index: DebianIndex, fault: Fault, end: str
+) -> None:
+    await index.refresh()
+    repository.publish(Deb("new"))
+    with repository.misbehaving(fault, end) as met:
+        await fails(index, "apt said: ")
+        assert met.is_set()
+    await index.refresh()
+    assert "new" in names(index)
+
+
+async def test_a_mirror_without_the_suites_packages_is_told_from_an_empty_release(
+    tmp_path: Path, repository: DebianRepository
+) -> None:
+    index = DebianIndex(tmp_path / "riscv64", SUITE, "riscv64", repository.mirrors)
+
+    await fails(index, f"debian has no packages of {SUITE} for riscv64")
+
+
+# A mirror that is down
+
+
+async def test_a_mirror_that_is_down_leaves_the_last_good_index(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    await index.refresh()
+    with repository.misbehaving(Fault.REFUSE):
+        await fails(index, "can't be reached: apt said: E: Failed to fetch")
+
+
+async def test_a_refresh_that_is_cancelled_leaves_no_apt_behind_and_no_lock_held(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    with repository.misbehaving(Fault.STALL, PACKAGES_OF_AMD64) as met:
+        refresh = asyncio.create_task(index.refresh())
+        await asyncio.to_thread(met.wait)
+        refresh.cancel()
+        # Far less than apt waits for a mirror that says nothing.
+        async with asyncio.timeout(10):
+            with pytest.raises(asyncio.CancelledError):
+                await refresh
+        assert running(str(index._folder)) == []
+
+    assert (await index.refresh()).revision
+
+
+# When it is fetched
+
+
+async def test_two_refreshes_at_once_fetch_once(
+    tmp_path: Path, repository: DebianRepository, index: DebianIndex
+) -> None:
+    other = DebianIndex(tmp_path / "index", SUITE, "amd64", repository.mirrors)
+
+    first, second = await asyncio.gather(index.refresh(), other.refresh())
+
+    assert first == second
+    assert repository.requests.count(f"/debian/dists/{SUITE}/InRelease") == 1
+
+
+async def test_only_an_index_that_is_old_enough_is_fetched(
+    tmp_path: Path, repository: DebianRepository, index: DebianIndex
+) -> None:
+    await index.refresh(max_age=3600)
+    assert index.age() < 3600
+    an_hour_ago = time.time() - 3600
+    os.utime(tmp_path / "index/current", (an_hour_ago, an_hour_ago))
+    assert index.age() >= 3600
+    fetched = len(repository.requests)
+
+    await index.refresh(max_age=7200)
+    assert len(repository.requests) == fetched
+    await index.refresh(max_age=3600)
+    assert len(repository.requests) > fetched
+    assert index.age() < 3600
+
+
+# This machine's apt
+
+
+class MachineApt:
+    """What this machine's apt is configured with; its state is in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "apt.conf"
+        self._folder = folder
+        (folder / "lists/partial").mkdir(parents=True)
+        self.configure()
+
+    def configure(self, *options: str, sources: str = "") -> None:
+        (self._folder / "sources.list").write_text(sources)
+        own = (
+            f'Dir::Etc::sourcelist "{self._folder}/sources.list";',
+            'Dir::Etc::sourceparts "/dev/null";',
+            f'Dir::State "{self._folder}";',
+            f'Dir::Cache "{self._folder}";',
+        )
+        self.file.write_text("\n".join([*own, *options]))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineApt:
+    apt = MachineApt(tmp_path / "machine")
+    monkeypatch.setenv("APT_CONFIG", str(apt.file))
+    return apt
+
+
+async def test_the_hooks_and_additions_of_this_machines_apt_are_left_alone(
+    tmp_path: Path, repository: DebianRepository, index: DebianIndex, machine: MachineApt
+) -> None:
+    hooks = ("Pre-Invoke", "Post-Invoke", "Post-Invoke-Success")
+    machine.configure(
+        *(f'APT::Update::{hook} {{ "touch {tmp_path}/a-hook-ran"; }};' for hook in hooks),
+        'APT::Architectures { "amd64"; "arm64"; };',
+        "Acquire::IndexTargets::deb::Other "
+        '{ MetaKey "main/binary-arm64/Packages"; ShortDescription "-"; Description "-"; };',
+    )
+
+    await index.refresh()
+
+    assert not (tmp_path / "a-hook-ran").exists()
+    assert [path for path in repository.requests if "arm64" in path] == []
+
+
+async def test_the_mirrors_are_those_of_this_machine_where_no_others_are_set(
+    tmp_path: Path, repository: DebianRepository, machine: MachineApt
+) -> None:
+    main, security = repository.mirrors.main, repository.mirrors.security
+    machine.configure(
+        sources="deb http://127.0.0.1:1/other stable main\n"
+        f"deb http://127.0.0.1:1/tools {SUITE} tools\n"
+        f"deb mirror+file:/mirrors.list {SUITE} main\n"
+        f"deb {main} {SUITE} contrib main\n"
+        f"deb {security} {SUITE}-security main\n"
+    )
+    index = DebianIndex(tmp_path / "index", SUITE, "amd64", DebianMirrors(keyring=repository.mirrors.keyring))
+
+    assert (await index.refresh()).mirrors == (main, main, security)
+
+
+async def test_without_any_mirror_the_error_names_the_setting(tmp_path: Path, machine: MachineApt) -> None:
+    machine.configure(sources="deb http://127.0.0.1:1/other stable main\n")
+    index = DebianIndex(tmp_path / "index", SUITE, "amd64", DebianMirrors())
+
+    await fails(index, "no Debian mirror configured; set CHANDLERY_DEBIAN_MIRROR")
+
+
+async def test_without_apt_the_error_says_what_is_needed(
+    index: DebianIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+
+    await fails(index, "apt-get was not found: this package set needs Debian's apt")
+
+
+def test_an_ordinary_user_can_fetch_an_index() -> None:
+    script = """
+import asyncio, sys
+from pathlib import Path
+from chandlery.sources.debian.index import DebianIndex, DebianMirrors
+
+folder, *mirrors = sys.argv[1:]
+index = DebianIndex(Path(folder), "bookworm", "amd64", DebianMirrors(*mirrors))
+print((asyncio.run(index.refresh()).lock / "names.txt").read_text())
+"""
+    with ordinary_folder() as folder, debian_repository(folder) as repository:
+        repository.publish(Deb("bash"))
+        mirrors = repository.mirrors
+        printed = run_as_ordinary_user(
+            script, str(folder / "index"), mirrors.main, mirrors.security, mirrors.keyring
+        )
+
+    assert "bash" in printed.splitlines()
+
+
+# Locks on disk
+
+
+def packages_file(*names: str) -> str:
+    return "\n\n".join(
+        f"Package: {name}\nVersion: 1\nFilename: {name}.deb\nSHA256: {'0' * 64}" for name in names
+    )
+
+
+def an_index(folder: Path) -> DebianIndex:
+    return DebianIndex(folder, SUITE, "amd64", DebianMirrors())
+
+
+def test_a_revision_does_not_depend_on_the_mirrors(tmp_path: Path) -> None:
+    index, texts = an_index(tmp_path), [packages_file("bash")]
+    first, _ = keep_lock(tmp_path, texts, ["http://one.localhost"])
+    second, _ = keep_lock(tmp_path, texts, ["http://two.localhost"])
+
+    assert first == second
+    pinned = index.at(first)
+    assert pinned is not None
+    assert pinned.mirrors == ("http://two.localhost",)
+
+
+def test_what_is_no_kept_revision_is_not_found(tmp_path: Path) -> None:
+    revision, _ = keep_lock(tmp_path, [packages_file("bash")], ["-"])
+    index = an_index(tmp_path)
+
+    assert index.at(revision[:12]) == index.current()
+    for other in ("latest", "", "../current", "0" * 64, revision[:11], f"{revision}0", f"{revision[:12]}*"):
+        assert index.at(other) is None
+
+
+def test_the_latest_locks_are_kept_and_older_ones_removed(tmp_path: Path) -> None:
+    revision, _ = keep_lock(tmp_path, [packages_file("bash")], ["-"])
+    others = [f"{number:064x}" for number in range(KEPT_LOCKS)]
+    for age, other in enumerate(others):
+        (tmp_path / "locks" / other).mkdir()
+        (tmp_path / "locks" / other / "popularity.json").touch()
+        os.utime(tmp_path / "locks" / other, (time.time() - age, time.time() - age))
+    # One that comes back is the latest.
+    os.utime(tmp_path / "locks" / revision, (0, 0))
+    keep_lock(tmp_path, [packages_file("bash")], ["-"])
+
+    index = an_index(tmp_path)
+    assert [other for other in others if index.at(other)] == others[:-1]
+    assert index.at(revision) is not None
+
+
+def test_the_locks_that_images_need_are_removed_last_and_of_those_the_least_wanted_first(
+    tmp_path: Path,
+) -> None:
+    revisions = [f"{number:064x}" for number in range(KEPT_LOCKS + 1)]
+    for age, revision in enumerate(revisions):
+        (tmp_path / "locks" / revision).mkdir(parents=True)
+        (tmp_path / "locks" / revision / "popularity.json").touch()
+        os.utime(tmp_path / "locks" / revision, (time.time() - 1000 - age, time.time() - 1000 - age))
+    index = an_index(tmp_path)
+    index.keep([*revisions[:0:-1], "f" * 64])
+    new, _ = keep_lock(tmp_path, [packages_file("bash")], ["-"])
+
+    assert [other for other in revisions if not index.at(other)] == revisions[:2]
+    assert index.at(new) is not None
+
+
+def is_whole(folder: Path, texts: Sequence[str]) -> bool:
+    """Tell whether the lock of these Packages files is the one in force, with all of its files."""
+    packages = (each for number, text in enumerate(texts) for each in parse_packages(text, number))
+    lock = DebianLock.of(packages, load_aliases())
+    pinned = an_index(folder).current()
+    assert pinned is not None
+    on_disk = {path.name: path.read_bytes() for path in pinned.lock.iterdir()}
+    files = {**dict(lock.files()), "popularity.json": lock.popularity().encode()}
+    return pinned.revision == lock.revision() and on_disk == files
+
+
+def test_a_kill_while_a_lock_is_made_leaves_the_old_one_in_force_and_nothing_in_the_way(
+    tmp_path: Path,
+) -> None:
+    old, new = [packages_file("old")], [packages_file("new")]
+    keep_lock(tmp_path, old, ["-"])
+    script = (
+        "import sys; from pathlib import Path; from chandlery.sources.debian.index import keep_lock; "
+        "keep_lock(Path(sys.argv[1]), sys.argv[2:], ['-'])"
+    )
+    half_made = tmp_path / "lock.new"
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), *new]) as process:
+        while not half_made.exists() or len(os.listdir(half_made)) < 100:
+            assert process.poll() is None
+        process.kill()
+
+    assert half_made.exists()
+    assert is_whole(tmp_path, old)
+    keep_lock(tmp_path, new, ["-"])
+    assert is_whole(tmp_path, new)
+
+
+def test_a_kill_between_making_a_lock_and_naming_it_leaves_the_old_one_in_force(tmp_path: Path) -> None:
+    old, new = [packages_file("old")], [packages_file("new")]
+    keep_lock(tmp_path, old, ["-"])
+    named = (tmp_path / "current").read_bytes()
+    keep_lock(tmp_path, new, ["-"])
+    (tmp_path / "current").write_bytes(named)
+    (tmp_path / "current.new").write_bytes(b"half")
+
+    assert is_whole(tmp_path, old)
+    keep_lock(tmp_path, new, ["-"])
+    assert is_whole(tmp_path, new)
