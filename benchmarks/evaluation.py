@@ -16,7 +16,7 @@ from chandlery.image.name import LATEST
 from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix.nix import EXPRESSIONS
 from chandlery.oci.documents import Platform
-from chandlery.server.app import open_parts
+from chandlery.server.parts import open_parts
 from chandlery.settings.settings import Settings
 
 _RUNS = 5

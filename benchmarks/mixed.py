@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.packing import realised
 from benchmarks.servers import LIMIT, RunningServer, running
 from chandlery.oci.documents import OCI_MANIFEST, Platform
-from chandlery.server.app import open_parts
+from chandlery.server.parts import open_parts
 from chandlery.settings.settings import Settings
 
 _SMALL = "git"

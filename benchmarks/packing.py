@@ -31,9 +31,9 @@ from chandlery.nix.closure import Closure
 from chandlery.oci.documents import Platform
 from chandlery.plan.popularity import Popularity
 from chandlery.plan.strategies import STRATEGIES, LayerGroup
-from chandlery.server.app import Parts, open_parts
+from chandlery.server.parts import Parts, open_parts
 from chandlery.settings.settings import Settings
-from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.file_store import FileBlobStore
 
 _PACKAGES = ("git", "python3", "ffmpeg", "libreoffice-writer")
 # It takes half a minute for each of the large ones: for one of them it is enough.

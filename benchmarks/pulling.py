@@ -9,7 +9,7 @@ from rich.table import Table
 
 from chandlery.image.name import LATEST, Vocabulary, of_parts
 from chandlery.oci.documents import Platform
-from chandlery.server.app import image_builder, open_parts
+from chandlery.server.parts import image_builder, open_parts
 from chandlery.settings.settings import Settings
 from chandlery.telemetry.build_timings import Work
 

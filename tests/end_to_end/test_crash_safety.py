@@ -48,7 +48,7 @@ def pull_until_killed(url: str, images: list[str]) -> None:
 
 def broken_blobs(data_dir: Path) -> list[Path]:
     blobs = data_dir.glob("blobs/sha256/*/*")
-    return [path for path in blobs if Digest.of_file(path).hex != path.name]
+    return [path for path in blobs if Digest.of(path.read_bytes()).hex != path.name]
 
 
 def left_by_the_dead(data_dir: Path, server: RunningServer) -> list[Path]:

@@ -22,8 +22,9 @@ from chandlery.oci.documents import BuiltImage, ManifestFormat, PackedLayer, Pla
 from chandlery.plan.popularity import Popularity
 from chandlery.sources.configured import Sources
 from chandlery.sources.debian.index import DebianMirrors
-from chandlery.sources.package_source import PackageSource, parse
-from chandlery.storage.blob_store import FileBlobStore
+from chandlery.sources.kinds import parse
+from chandlery.sources.package_source import PackageSource
+from chandlery.storage.file_store import FileBlobStore
 from chandlery.storage.leases import Leases
 from tests.support import layers
 from tests.support.package_sets import SOURCE, Gates

@@ -38,7 +38,7 @@ from chandlery.errors import (
     UnsupportedEntryError,
 )
 from chandlery.image.name import LATEST, ImageRequest
-from chandlery.machine.data_folder import TemporaryFolder
+from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.nix.nix import Nix
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest

@@ -28,7 +28,8 @@ import structlog
 
 from chandlery.builds.recipe import ImageOrigin
 from chandlery.errors import StorageError, StorageFullError
-from chandlery.machine.data_folder import is_full, locked
+from chandlery.machine.disk_errors import is_full
+from chandlery.machine.locks import locked
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, PackedLayer
 

@@ -16,7 +16,8 @@ from typing import Self
 
 import structlog
 
-from chandlery.machine.data_folder import storage_errors, try_lock
+from chandlery.machine.disk_errors import storage_errors
+from chandlery.machine.locks import try_lock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

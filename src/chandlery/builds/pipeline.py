@@ -29,7 +29,8 @@ from chandlery.image.name import ImageRequest
 from chandlery.image.profile import Profile
 from chandlery.layers.archive import layer_key, pack_store_paths
 from chandlery.layers.compression import COMPRESSIONS
-from chandlery.layers.root_layer import MainPackage, RootLayer, pack_changed_root_layer, pack_root_layer
+from chandlery.layers.main_program import MainPackage
+from chandlery.layers.root_layer import RootLayer, pack_changed_root_layer, pack_root_layer
 from chandlery.machine.process_pool import PackingProcesses
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.nix import Nix, Resolution

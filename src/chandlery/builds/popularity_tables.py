@@ -20,8 +20,8 @@ from pathlib import Path
 import structlog
 import zstandard
 
-from chandlery.machine.data_folder import durably_replace
 from chandlery.machine.download import Address, DownloadFailedError, DownloadLimits, fetch, retried
+from chandlery.machine.durable import durably_replace
 from chandlery.plan.popularity import Popularity
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

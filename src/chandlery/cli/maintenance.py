@@ -16,7 +16,7 @@ from chandlery.maintenance.garbage_collector import Collected, DiskLimits, Garba
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.maintenance.scrub import Finding, Scrub
 from chandlery.maintenance.status import DataFolderStatus, examine
-from chandlery.server.app import image_builder, open_parts
+from chandlery.server.parts import image_builder, open_parts
 from chandlery.settings.settings import Settings
 from chandlery.telemetry import logs
 

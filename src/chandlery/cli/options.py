@@ -15,3 +15,18 @@ SettingsFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, and nothing else.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where everything is kept.", show_default=False)]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        help="The package set, such as nixpkgs!nixos-unstable, git!URL!BRANCH or path!FOLDER; "
+        "or the name of one in the settings file. [default: debian!bookworm]",
+        show_default=False,
+    ),
+]
+MaxLayers = Annotated[
+    int | None,
+    typer.Option(help="Layers per image, the root filesystem's included. [default: 96]", show_default=False),
+]
+Compression = Annotated[
+    str | None, typer.Option(help="Of layers: none, gzip or zstd. [default: gzip]", show_default=False)
+]

@@ -23,14 +23,14 @@ from chandlery.image import name as image_name
 from chandlery.image.name import LATEST
 from chandlery.layers.archive import layer_key
 from chandlery.layers.compression import COMPRESSIONS
-from chandlery.machine.data_folder import TemporaryFolder
+from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.nix.closure import Closure
 from chandlery.nix.closure_json import parse_closure
 from chandlery.plan.package_graph import PackageGraph
 from chandlery.plan.popularity import Popularity, known_name
 from chandlery.plan.pull_simulation import Outcome, Simulation, Workload
 from chandlery.plan.strategies import STRATEGIES, LayerGroup, Strategy
-from chandlery.server.app import open_parts, vocabulary
+from chandlery.server.parts import open_parts, vocabulary
 from chandlery.settings.settings import Settings
 from chandlery.sources.binary_cache import crawl, open_cache, popularity_of
 from chandlery.telemetry import logs

@@ -26,10 +26,10 @@ from chandlery.doctor.certificate import CertificateRefusedError, good_until
 from chandlery.doctor.examination import Check, Outcome, Status, in_thread
 from chandlery.errors import ChandleryError
 from chandlery.image.name import LATEST
-from chandlery.machine.data_folder import RunMarker
+from chandlery.maintenance.run_marker import RunMarker
 from chandlery.nix.nix import Nix
 from chandlery.oci.documents import Platform
-from chandlery.server.app import access_control, certificate, configured_popularity, open_nix, open_sources
+from chandlery.server.parts import access_control, certificate, configured_popularity, open_nix, open_sources
 from chandlery.settings.settings import Settings, SourceSettings
 from chandlery.settings.values import without_secrets
 from chandlery.sources.debian.index import DebianIndex, DebianMirrors

@@ -20,7 +20,7 @@ from itertools import chain
 
 from chandlery.image.profile import Account
 from chandlery.layers import alternatives
-from chandlery.layers.store_reader import Entry, EntryKind, Layout, Reader, follow
+from chandlery.layers.store_reader import Entry, EntryKind, Layout, Reader, follow, join
 from chandlery.nix.closure import Closure, StorePath
 
 # As symlinks in every distribution that has merged /usr (Debian: base-files); the rest only where they exist.
@@ -57,11 +57,6 @@ _INTERPRETERS = (
     (b"bin/sh", (b"bin/bash", b"bin/dash")),
     (b"usr/bin/env", (b"bin/env",)),
 )
-
-_PROGRAM_FOLDERS = {
-    Layout.STORE: (b"bin",),
-    Layout.ROOT: (b"usr/bin", b"usr/games", b"usr/sbin"),
-}
 
 
 def root_filesystem(
@@ -113,51 +108,6 @@ def _files(account: Account | None) -> Iterator[tuple[bytes, bytes]]:
         lines[b"etc/passwd"] = f"{name}:x:{uid}:{gid}:{name}:/{account.home}:/bin/sh\n"
         lines[b"etc/group"] = f"{name}:x:{gid}:\n"
     return ((path, content + lines.get(path, "").encode()) for path, content in _FILES)
-
-
-def main_program(
-    reader: Reader, store_paths: Sequence[StorePath], declared: str | None, package: str
-) -> str | None:
-    """Give the path, in the image, of the program that an image of one package starts; None if there is none.
-
-    It is the program that the package declares (`meta.mainProgram`), else the one with the package's name,
-    else the only one.
-    """
-    programs: dict[str, str] = {}
-    for store_path in store_paths:
-        for path in _programs(reader, store_path):
-            programs.setdefault(path.rpartition("/")[2], path)
-    for name in (declared, package):
-        if name in programs:
-            return programs[name]
-    return next(iter(programs.values())) if len(programs) == 1 else None
-
-
-def program_named(reader: Reader, store_paths: Iterable[StorePath], name: str) -> str | None:
-    """Give the path, in the image, of a program with this name; only the root layout puts it into PATH."""
-    found = (
-        path
-        for store_path in store_paths
-        if reader.layout(store_path) is Layout.ROOT
-        for path in _programs(reader, store_path)
-        if path.rpartition("/")[2] == name
-    )
-    return next(found, None)
-
-
-def _programs(reader: Reader, store_path: StorePath) -> Iterator[str]:
-    """Give the paths that a store path's programs have in an image; nixpkgs hides wrapped ones with a dot."""
-    for folder in _PROGRAM_FOLDERS[reader.layout(store_path)]:
-        found = follow(reader, store_path, folder)
-        if found is None:
-            continue
-        holder, place = found
-        for name in reader.names(holder, place):
-            entry = reader.entry(holder, _join(place, name))
-            if entry is None or entry.is_directory or name.startswith(b".") or not name.isascii():
-                continue
-            if entry.mode & 0o100:
-                yield f"/{folder.decode()}/{name.decode()}"
 
 
 class _RootLayout:
@@ -226,10 +176,6 @@ def _parents(path: bytes) -> Iterator[bytes]:
         yield path
 
 
-def _join(folder: bytes, name: bytes) -> bytes:
-    return b"/".join(filter(None, (folder, name)))
-
-
 def _reachable(tree: _Tree, lower: _RootLayout, path: bytes) -> bytes | None:
     """Give what a link to a file of the image should lead to; None if there is no such file."""
     place = tree.normalise(path)
@@ -265,21 +211,21 @@ def _links(reader: Reader, root: StorePath) -> tuple[list[Entry], list[Entry]]:
     expanded = {top}
     while pending:
         (store_path, folder), place = pending.pop()
-        own = _join(b"nix/store/" + os.fsencode(store_path.base_name), folder) + b"/"
+        own = join(b"nix/store/" + os.fsencode(store_path.base_name), folder) + b"/"
         for entry in reader.entries(store_path):
             below = entry.path.removeprefix(own)
-            path = _join(place, below)
+            path = join(place, below)
             if not entry.path.startswith(own) or path.partition(b"/")[0] == b"nix-support":
                 continue
             led = None
             if entry.kind is EntryKind.SYMLINK:
-                led = follow(reader, store_path, _join(folder, below))
+                led = follow(reader, store_path, join(folder, below))
             if entry.is_directory:
                 files.append(Entry.directory(path))
             elif led is None or not _is_directory(reader, led):
                 files.append(Entry.symlink(path, b"/" + entry.path))
             elif led[0] == store_path and _is_below(led[1], folder):
-                folders.append(Entry.symlink(path, b"/" + _join(place, led[1][len(folder) :].lstrip(b"/"))))
+                folders.append(Entry.symlink(path, b"/" + join(place, led[1][len(folder) :].lstrip(b"/"))))
             elif led in expanded:
                 # Twice would be for ever, if two store paths have links to each other.
                 folders.append(Entry.symlink(path, b"/" + entry.path))

@@ -11,7 +11,8 @@ from pathlib import Path
 from chandlery.image.profile import Account
 from chandlery.layers.archive import pack
 from chandlery.layers.compression import COMPRESSIONS
-from chandlery.layers.root_filesystem import main_program, owned, program_named, root_filesystem
+from chandlery.layers.main_program import MainPackage, main_program_of
+from chandlery.layers.root_filesystem import owned, root_filesystem
 from chandlery.layers.store_reader import StoreReader
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.documents import PackedLayer
@@ -35,15 +36,6 @@ class RootLayerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class MainPackage:
-    """The one package that was asked for, whose program the image starts."""
-
-    store_path: StorePath
-    name: str
-    main_program: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class RootLayer:
     """The layer, and the path of the main package's program."""
 
@@ -64,19 +56,8 @@ def pack_root_layer(
     """Pack the root filesystem of a closure; raises what `root_filesystem` and `pack` raise."""
     reader = StoreReader(store_root)
     entries = root_filesystem(closure, roots, reader, uid=owner[0], gid=owner[1], account=account)
-    program = _main_program(reader, closure, main) if main else None
+    program = main_program_of(reader, closure, main) if main else None
     return RootLayer(pack(entries, COMPRESSIONS[compression], destination), program)
-
-
-def _main_program(reader: StoreReader, closure: Closure, main: MainPackage) -> str | None:
-    """Find a package's program: its own, or one of its name among what it needs.
-
-    Debian's python3 is a link in python3-minimal, and its perl is perl-base's.
-    """
-    everything = [node.path for node in closure.nodes]
-    return main_program(reader, [main.store_path], main.main_program, main.name) or program_named(
-        reader, everything, main.name
-    )
 
 
 def pack_changed_root_layer(

@@ -252,6 +252,11 @@ class StoreReader:
         return permissions
 
 
+def join(folder: bytes, name: bytes) -> bytes:
+    """Return the path of a name in a folder; the empty folder is the root."""
+    return b"/".join(filter(None, (folder, name)))
+
+
 def follow(reader: Reader, store_path: StorePath, path: bytes) -> tuple[StorePath, bytes] | None:
     """Give where a path leads when links inside the Nix store are followed, as a container would.
 

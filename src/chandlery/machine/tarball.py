@@ -7,7 +7,6 @@ folder that such tarballs have around everything (`nixpkgs-<revision>/`) is left
 The whole thing may be refused at its last byte. So unpack into a folder that nobody uses yet.
 """
 
-import errno
 import gzip
 import lzma
 import os
@@ -21,6 +20,7 @@ from typing import IO, Protocol, cast
 import zstandard
 
 from chandlery.errors import ChandleryError, StorageFullError
+from chandlery.machine.disk_errors import FULL
 
 # Bytes of a file that are in memory at once; what `tarfile` asks for in one piece beyond its blocks is a
 # header (long names, PAX records), so that none is as large as it says.
@@ -28,8 +28,6 @@ _PIECE = 1 << 20
 
 # Bytes that a zstd frame may ask a decompressor to remember; `zstd --ultra -22` asks for this much.
 _LARGEST_WINDOW = 128 << 20
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
@@ -77,7 +75,7 @@ def unpack(read: Callable[[], bytes], folder: Path, limits: TarballLimits | None
     except (*_DAMAGED, ValueError, RecursionError) as error:
         raise TarballError(f"it can't be unpacked: {error or type(error).__name__}") from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StorageFullError(str(folder)) from error
         raise TarballError(f"it can't be unpacked: {error.strerror or error}") from error
     return comment

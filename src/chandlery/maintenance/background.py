@@ -13,9 +13,10 @@ import structlog
 
 from chandlery.builds.images import ImageBuilder
 from chandlery.builds.index import BuildIndex
-from chandlery.machine.data_folder import RunMarker, on_duty
+from chandlery.machine.locks import on_duty
 from chandlery.maintenance.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
+from chandlery.maintenance.run_marker import RunMarker
 from chandlery.maintenance.scrub import Scrub, written_since
 from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest

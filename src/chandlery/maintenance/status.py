@@ -4,6 +4,7 @@ Nothing is changed, and a server may run meanwhile: what goes away while it is c
 with several names (hard links, which Nix's store has many of) is counted once, where it is found first.
 """
 
+import hashlib
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,7 @@ import msgspec
 
 from chandlery.builds import index as build_index
 from chandlery.builds.index import IndexCounts
-from chandlery.machine.data_folder import RunMarker
-from chandlery.oci.digest import Digest
+from chandlery.maintenance.run_marker import RunMarker
 
 # What stat(2) counts in, whatever blocks the file system has.
 _BLOCK = 512  # bytes
@@ -143,8 +143,8 @@ def _kept_twice(folder: Path, survey: _Survey) -> Iterator[KeptTwice]:
     for size, files in survey.by_size.items():
         known = set()
         for part, path in files if len(files) > 1 else ():
-            with suppress(OSError):
-                digest = Digest.of_file(path)
+            with suppress(OSError), path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
                 if digest in known:
                     alike[part].append(size)
                 known.add(digest)

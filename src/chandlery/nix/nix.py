@@ -24,7 +24,7 @@ from chandlery.errors import (
     NixError,
     StorageFullError,
 )
-from chandlery.machine.data_folder import is_full, storage_errors
+from chandlery.machine.disk_errors import is_full, storage_errors
 from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix.database import DatabaseUnreadableError, NixDatabase

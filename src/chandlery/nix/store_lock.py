@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from chandlery.machine.data_folder import holding, storage_errors
+from chandlery.machine.disk_errors import storage_errors
+from chandlery.machine.locks import holding
 
 
 class Passage:

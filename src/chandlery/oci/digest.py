@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from chandlery.errors import InvalidDigestError
@@ -33,12 +32,6 @@ class Digest:
     def of(cls, content: bytes) -> Self:
         """Give the digest of some bytes."""
         return cls(hashlib.sha256(content).hexdigest())
-
-    @classmethod
-    def of_file(cls, path: Path) -> Self:
-        """Give the digest of a file's content, read in pieces."""
-        with path.open("rb") as file:
-            return cls(hashlib.file_digest(file, "sha256").hexdigest())
 
     @classmethod
     def of_parts(cls, parts: Iterable[str]) -> Self:

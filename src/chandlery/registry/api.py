@@ -43,11 +43,12 @@ from chandlery.oci.documents import (
 from chandlery.registry.endpoint import Endpoint, RefusedError, error_response
 from chandlery.registry.lru_cache import BoundedMemory
 from chandlery.registry.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
+from chandlery.registry.ranges import Multipart, UnsatisfiableRangeError
 from chandlery.registry.response_cache import LastingResponse
 from chandlery.registry.token_endpoint import TokenEndpoint
 from chandlery.registry.waiting import WaitPolicy
 from chandlery.storage.blob_store import BlobSource, content_of
-from chandlery.storage.byte_range import ByteRange, Multipart, UnsatisfiableRangeError
+from chandlery.storage.byte_range import ByteRange
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -17,7 +17,7 @@ from chandlery.oci.documents import (
     OCI_MANIFEST,
     ManifestFormat,
 )
-from chandlery.storage import byte_range
+from chandlery.registry import ranges
 from chandlery.storage.byte_range import ByteRange
 
 
@@ -77,7 +77,7 @@ def wanted_ranges(headers: Headers, digest: Digest, size: int) -> Sequence[ByteR
     header = headers.get("range")
     if header is None or headers.get("if-range", entity_tag(digest)) != entity_tag(digest):
         return ()
-    return byte_range.parse(header, size)
+    return ranges.parse(header, size)
 
 
 def _listed(headers: Headers, name: str) -> set[str]:

@@ -27,7 +27,7 @@ import structlog
 
 from chandlery.errors import ChandleryError, NixError, ReferenceNotFoundError, SourceUnavailableError
 from chandlery.image.name import LATEST
-from chandlery.machine.data_folder import storage_errors
+from chandlery.machine.disk_errors import storage_errors
 from chandlery.nix.closure import StorePath
 from chandlery.nix.output import DerivationMissingError, LockedFlake
 from chandlery.nix.pinned_source import PinnedSource

@@ -33,7 +33,9 @@ from chandlery.errors import (
     StorageError,
     TooManyReferencesError,
 )
-from chandlery.machine.data_folder import durably_replace, locked_file, storage_errors
+from chandlery.machine.disk_errors import storage_errors
+from chandlery.machine.durable import durably_replace
+from chandlery.machine.locks import locked_file
 from chandlery.machine.token_buckets import TokenBuckets
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

@@ -23,7 +23,8 @@ from secrets import token_hex
 import structlog
 
 from chandlery.errors import TooManyReferencesError
-from chandlery.machine.data_folder import locked_file, storage_errors
+from chandlery.machine.disk_errors import storage_errors
+from chandlery.machine.locks import locked_file
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -1,6 +1,6 @@
 """Blobs that builds and readers count on, so that no collector takes them.
 
-    leases/<pid>-<random>/lock                 held by a process as long as it lives (`machine.data_folder`)
+    leases/<pid>-<random>/lock                 held by a process as long as it lives (see `TemporaryFolder`)
     leases/<pid>-<random>/<random>/<64 digits> an empty file for each blob that a lease is for
 
 Two rules make collecting safe while several processes build and serve:
@@ -22,7 +22,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Self
 
-from chandlery.machine.data_folder import TemporaryFolder, holding, storage_errors
+from chandlery.machine.disk_errors import storage_errors
+from chandlery.machine.locks import holding
+from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.oci.digest import Digest
 
 

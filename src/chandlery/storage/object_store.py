@@ -28,12 +28,13 @@ import structlog
 from obstore.exceptions import BaseError
 
 from chandlery.errors import BlobNotFoundError, StorageError
-from chandlery.machine.data_folder import TemporaryFolder
+from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor
-from chandlery.storage.blob_store import BlobInfo, BlobStore, FileBlobStore
+from chandlery.storage.blob_store import BlobInfo, BlobStore
 from chandlery.storage.bucket import Bucket, Connection, Retries
 from chandlery.storage.byte_range import ByteRange
+from chandlery.storage.file_store import FileBlobStore
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

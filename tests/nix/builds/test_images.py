@@ -332,7 +332,7 @@ async def test_a_blob_that_was_lost_is_made_again(fresh: Workshop, lost: str) ->
     }[lost]
     await fresh.blobs.delete(digest)
     assert await fresh.image("hello") == image
-    assert Digest.of_file(fresh.blobs.path(digest)) == digest
+    assert Digest.of(fresh.blobs.path(digest).read_bytes()) == digest
 
 
 async def test_what_was_pulled_is_current_as_long_as_a_pull_would_give_the_same(fresh: Workshop) -> None:

@@ -40,7 +40,7 @@ class DataFolder:
         return {Digest(file.name): file for file in files}
 
     def are_whole(self) -> bool:
-        return all(Digest.of_file(file) == digest for digest, file in self.blobs().items())
+        return all(Digest.of(file.read_bytes()) == digest for digest, file in self.blobs().items())
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_scrub_finds_and_mends_beside_a_running_server(folder: DataFolder, tmp_p
         looked = folder.run("scrub", "--no-repair")
         assert looked.returncode == 1
         assert "2 damaged or missing, 0 repaired" in looked.stdout
-        assert Digest.of_file(damaged_file) != damaged
+        assert Digest.of(damaged_file.read_bytes()) != damaged
         mended = folder.run("scrub")
     assert mended.returncode == 0
     assert "2 damaged or missing, 2 repaired" in mended.stdout

@@ -13,7 +13,7 @@ import pytest
 
 from chandlery.doctor.checks import machine_checks, scratch_folder
 from chandlery.doctor.examination import Outcome, Status, examine
-from chandlery.machine.data_folder import RunMarker
+from chandlery.maintenance.run_marker import RunMarker
 from chandlery.plan.popularity import Popularity
 from chandlery.settings.settings import Settings
 from tests.support.certificates import make_certificate

@@ -24,7 +24,7 @@ from chandlery.oci.documents import (
     PackedLayer,
     Platform,
 )
-from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.file_store import FileBlobStore
 from chandlery.storage.leases import Leases
 from tests.support.workshop import a_request, opened
 

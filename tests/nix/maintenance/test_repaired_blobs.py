@@ -18,7 +18,8 @@ from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, BuiltImage, Descriptor
 from chandlery.plan.popularity import Popularity
 from chandlery.sources.debian.index import DebianMirrors
-from chandlery.sources.package_source import PackageSource, parse
+from chandlery.sources.kinds import parse
+from chandlery.sources.package_source import PackageSource
 from chandlery.storage.blob_store import BlobInfo
 from tests.support import layers
 from tests.support.damage import a_blob, cut, flip, lose
@@ -80,7 +81,7 @@ async def test_a_blob_that_is_missing_or_has_another_size_comes_back_with_its_di
     size = used.file(digest).stat().st_size
     damage(used.file(digest))
     assert await used.blobs.stat(digest) == BlobInfo(size)
-    assert Digest.of_file(used.file(digest)) == digest
+    assert Digest.of(used.file(digest).read_bytes()) == digest
 
 
 @each_blob
@@ -89,7 +90,7 @@ async def test_a_blob_that_is_in_doubt_is_checked_before_it_is_given(used: Repai
     flip(used.file(digest))
     used.blobs.in_doubt.add(digest)
     await used.blobs.stat(digest)
-    assert Digest.of_file(used.file(digest)) == digest
+    assert Digest.of(used.file(digest).read_bytes()) == digest
     assert not used.blobs.in_doubt
 
 
@@ -107,7 +108,7 @@ async def test_a_manifest_is_given_only_when_its_whole_image_is_there(used: Repa
     for each in image.layers:
         used.file(each.descriptor.digest).unlink()
     await used.blobs.stat(a_blob(image, "manifest"))
-    assert all(Digest.of_file(used.file(each.digest)) == each.digest for each in image.descriptors)
+    assert all(Digest.of(used.file(each.digest).read_bytes()) == each.digest for each in image.descriptors)
 
 
 async def test_however_many_ask_for_blobs_of_an_image_it_is_built_once(used: Repairs) -> None:
@@ -159,7 +160,7 @@ async def test_a_blob_in_doubt_that_goes_while_it_is_checked_is_made_again(
 
         monkeypatch.setattr(repairs.workshop.blobs, "stat", losing)
         assert await repairs.blobs.stat(digest)
-        assert Digest.of_file(repairs.file(digest)) == digest
+        assert Digest.of(repairs.file(digest).read_bytes()) == digest
 
 
 async def test_a_blob_that_nobody_knows_is_not_there_and_builds_nothing(used: Repairs) -> None:
@@ -286,7 +287,7 @@ async def test_an_image_of_a_revision_that_is_gone_is_made_again_from_what_was_r
         digest = a_blob(image, "layer")
         repairs.file(digest).unlink()
         assert await repairs.blobs.stat(digest)
-        assert Digest.of_file(repairs.file(digest)) == digest
+        assert Digest.of(repairs.file(digest).read_bytes()) == digest
 
 
 async def test_what_can_not_be_evaluated_any_more_is_not_found_and_the_reason_is_told(tmp_path: Path) -> None:
@@ -353,4 +354,4 @@ async def test_a_blob_of_a_collected_image_that_is_still_there_is_given_without_
     assert await used.blobs.stat(a_blob(image, "manifest"))
     assert used.builds() == built + 1
     assert await used.workshop.image("jq") == image
-    assert Digest.of_file(used.file(digest)) == digest
+    assert Digest.of(used.file(digest).read_bytes()) == digest

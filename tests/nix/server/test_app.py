@@ -8,7 +8,7 @@ import pytest
 
 from chandlery.access.rules import Rule
 from chandlery.errors import SettingsError
-from chandlery.server.app import access_control, certificate, configured_popularity
+from chandlery.server.parts import access_control, certificate, configured_popularity
 from chandlery.settings.settings import Settings
 
 # Not a real one: nobody logs in here.

@@ -24,7 +24,8 @@ from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.flake import FlakeReference, FlakeSource
-from chandlery.sources.package_source import SourceOptions, parse
+from chandlery.sources.kinds import parse
+from chandlery.sources.package_source import SourceOptions
 from chandlery.sources.pins import PinLimits
 from tests.support.git_server import Fault, HttpServer, Repository, http_server
 from tests.support.nix_package_set import SYSTEM, requires_nix, resolve

@@ -11,7 +11,7 @@ from chandlery.errors import ReferenceNotFoundError
 from chandlery.image.name import LATEST
 from chandlery.oci.documents import BuiltImage
 from chandlery.sources.debian.index import DebianMirrors
-from chandlery.sources.package_source import parse
+from chandlery.sources.kinds import parse
 from tests.support.git_server import HttpServer, Repository, http_server
 from tests.support.package_sets import PACKAGE_SET
 from tests.support.workshop import Workshop, a_request, opened

@@ -29,8 +29,9 @@ from chandlery.nix.pinned_source import NIXPKGS, PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.arguments import SetArguments
 from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.kinds import parse
 from chandlery.sources.nixpkgs import NixpkgsAddresses, NixpkgsSource
-from chandlery.sources.package_source import SourceOptions, parse
+from chandlery.sources.package_source import SourceOptions
 from chandlery.sources.pins import PinLimits
 from tests.support.channel_server import ChannelServer, Fault, channel_server, tarball, tree_of_shape
 from tests.support.nix_package_set import requires_nix, resolve

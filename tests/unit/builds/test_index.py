@@ -16,7 +16,7 @@ from chandlery.builds.recipe import BuildOptions, ImageOrigin
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.image.name import ImageRequest
 from chandlery.layers.root_layer import RootLayerOptions
-from chandlery.machine.data_folder import locked
+from chandlery.machine.locks import locked
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (

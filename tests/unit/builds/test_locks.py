@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.builds.locks import BuildClaims
-from chandlery.machine.data_folder import try_lock
+from chandlery.machine.locks import try_lock
 
 CLAIM_AND_WAIT = """
 import sys, time

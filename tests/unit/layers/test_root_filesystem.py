@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from chandlery.image.profile import Account
 from chandlery.layers.archive import archive
-from chandlery.layers.root_filesystem import main_program, program_named, root_filesystem
+from chandlery.layers.main_program import main_program, program_named
+from chandlery.layers.root_filesystem import root_filesystem
 from chandlery.layers.store_reader import Entry, EntryKind, StoreReader
 from chandlery.nix.closure import StorePath
 from tests.support.physical_store import Executable, Link, PhysicalStore, Tree, closure_of

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from chandlery.builds.index import BuildIndex, IndexCounts
-from chandlery.machine.data_folder import RunMarker, TemporaryFolder
+from chandlery.machine.temporary_folder import TemporaryFolder
+from chandlery.maintenance.run_marker import RunMarker
 from chandlery.maintenance.status import DataFolderStatus, examine
 
 LARGE = 100_000

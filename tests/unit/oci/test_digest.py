@@ -1,5 +1,4 @@
 import hashlib
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,12 +15,6 @@ def test_a_digest_is_the_sha256_and_reads_back(content: bytes) -> None:
     digest = Digest.of(content)
     assert str(digest) == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert Digest.parse(str(digest)) == digest
-
-
-def test_a_file_has_the_digest_of_its_content(tmp_path: Path) -> None:
-    content = b"content" * 100_000
-    (tmp_path / "file").write_bytes(content)
-    assert Digest.of_file(tmp_path / "file") == Digest.of(content)
 
 
 @pytest.mark.parametrize(

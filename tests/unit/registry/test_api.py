@@ -64,7 +64,8 @@ from chandlery.registry.api import Access, routes
 from chandlery.registry.endpoint import ANSWERS
 from chandlery.registry.waiting import WaitPolicy
 from chandlery.server.request_log import RequestLog
-from chandlery.storage.blob_store import BlobInfo, BlobStore, FileBlobStore
+from chandlery.storage.blob_store import BlobInfo, BlobStore
+from chandlery.storage.file_store import FileBlobStore
 from tests.support.memory_blob_store import MemoryBlobStore
 from tests.support.one_image import HOST, LAYER, MISSING, PIN, OneImage, oci_error, one_image
 
@@ -730,7 +731,8 @@ from granian.server.embed import Server
 from starlette.applications import Starlette
 from starlette.types import Message, Scope
 from starlette.middleware import Middleware
-from chandlery.storage.blob_store import BlobStore, FileBlobStore
+from chandlery.storage.blob_store import BlobStore
+from chandlery.storage.file_store import FileBlobStore
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.registry.api import routes
 from chandlery.server.request_log import RequestLog

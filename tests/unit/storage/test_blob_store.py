@@ -8,7 +8,7 @@ import pytest
 
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.oci.digest import Digest
-from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.file_store import FileBlobStore
 from tests.support.blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put
 from tests.support.memory_blob_store import MemoryBlobStore
 
@@ -95,7 +95,7 @@ async def test_a_blob_that_can_not_be_moved_into_place_is_a_storage_error(
 FILL_THE_DISK = """
 import asyncio, os, sys
 from pathlib import Path
-from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.file_store import FileBlobStore
 from chandlery.errors import StorageFullError
 
 async def main():
@@ -134,7 +134,7 @@ def test_a_full_disk_while_a_file_is_written_says_so(store: FileBlobStore) -> No
 PUT_FOR_EVER = """
 import asyncio, itertools, os, sys
 from pathlib import Path
-from chandlery.storage.blob_store import FileBlobStore
+from chandlery.storage.file_store import FileBlobStore
 
 async def main():
     store = FileBlobStore(Path(sys.argv[1]))
@@ -157,5 +157,5 @@ def test_after_kill_every_blob_is_whole_and_the_rest_is_swept(tmp_path: Path, af
     with FileBlobStore(tmp_path) as store:
         found = asyncio.run(listed(store))
         assert set(said) <= set(map(str, found))
-        assert [Digest.of_file(store.path(digest)) for digest in found] == found
+        assert [Digest.of(store.path(digest).read_bytes()) for digest in found] == found
         assert len([path for path in (tmp_path / "tmp").iterdir() if path.is_dir()]) == 1

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
-from chandlery.machine.data_folder import durably_replace
+from chandlery.machine.durable import durably_replace
 from chandlery.machine.process_pool import PackingProcesses
 from chandlery.sources.debian.snapshot import DebianLock, parse_packages
 

@@ -22,7 +22,8 @@ from secrets import token_hex
 import structlog
 
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, StorageFullError
-from chandlery.machine.data_folder import holding, storage_errors
+from chandlery.machine.disk_errors import storage_errors
+from chandlery.machine.locks import holding
 from chandlery.sources.git.address import GitAddress
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

@@ -24,7 +24,8 @@ from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.git.address import GitAddress
 from chandlery.sources.git.repository import GitLimits
 from chandlery.sources.git.source import GitSource
-from chandlery.sources.package_source import SourceOptions, parse
+from chandlery.sources.kinds import parse
+from chandlery.sources.package_source import SourceOptions
 from chandlery.sources.pins import PinLimits
 from tests.support.git_server import Fault, HttpServer, Repository, http_server, silent_server, ssh_server
 from tests.support.processes import running
@@ -716,7 +717,7 @@ async def test_two_servers_that_share_a_data_folder_do_not_get_in_each_others_wa
 ) -> None:
     script = (
         "import asyncio, sys; from pathlib import Path\n"
-        "from chandlery.sources.package_source import parse\n"
+        "from chandlery.sources.kinds import parse\n"
         "from chandlery.sources.debian.index import DebianMirrors\n"
         "from chandlery.oci.documents import Platform\n"
         "source = parse(sys.argv[1], Path(sys.argv[2]), DebianMirrors('', '', ''))\n"

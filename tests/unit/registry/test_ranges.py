@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.storage.byte_range import MOST_RANGES, ByteRange, Multipart, UnsatisfiableRangeError, parse
+from chandlery.registry.ranges import MOST_RANGES, Multipart, UnsatisfiableRangeError, parse
+from chandlery.storage.byte_range import ByteRange
 
 SIZE = 100
 

@@ -1,18 +1,16 @@
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from chandlery.errors import StorageError
-from chandlery.machine.data_folder import RunMarker, TemporaryFolder
+from chandlery.machine.temporary_folder import TemporaryFolder
 
 HOLD_A_FOLDER = """
 import sys
 from pathlib import Path
-from chandlery.machine.data_folder import TemporaryFolder
+from chandlery.machine.temporary_folder import TemporaryFolder
 
 folder = TemporaryFolder(Path(sys.argv[1]))
 (folder.path / "half").write_text("half")
@@ -75,67 +73,6 @@ def test_what_died_later_is_swept_on_demand(tmp_path: Path) -> None:
         folder.sweep()
         assert not other.exists()
         assert folder.path.exists()
-
-
-def test_after_a_clean_end_nothing_is_in_doubt(tmp_path: Path) -> None:
-    for _ in range(2):
-        marker = RunMarker(tmp_path)
-        assert marker.begin() is None
-        marker.end()
-
-
-RUN_AND_DIE = """
-import os, sys
-from pathlib import Path
-from chandlery.machine.data_folder import RunMarker
-
-marker = RunMarker(Path(sys.argv[1]))
-marker.begin()
-if "whole" in sys.argv:
-    marker.whole()
-os.kill(os.getpid(), 9)
-"""
-
-
-def test_after_kills_everything_is_in_doubt_since_the_last_time_it_was_known_to_be_whole(
-    tmp_path: Path,
-) -> None:
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", RUN_AND_DIE, str(tmp_path)], check=False)
-        os.utime(tmp_path / "running", (1000, 1000))
-    for _ in range(2):
-        marker = RunMarker(tmp_path)
-        assert marker.begin() == 1000
-        marker.end()
-    subprocess.run([sys.executable, "-c", RUN_AND_DIE, str(tmp_path), "whole"], check=False)
-    since = RunMarker(tmp_path).begin()
-    assert since is not None
-    assert since > time.time() - 60
-
-
-def test_after_a_crash_everybody_who_begins_learns_what_is_in_doubt_until_it_was_checked(
-    tmp_path: Path,
-) -> None:
-    subprocess.run([sys.executable, "-c", RUN_AND_DIE, str(tmp_path)], check=False)
-    os.utime(tmp_path / "running", (1000, 1000))
-    first, second, third = (RunMarker(tmp_path) for _ in range(3))
-    assert (first.begin(), second.begin()) == (1000, 1000)
-    first.whole()
-    assert third.begin() is None
-    for each in (first, second, third):
-        each.end()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_server_that_takes_over_from_one_that_still_runs_follows_no_crash(tmp_path: Path) -> None:
-    first, second, third = (RunMarker(tmp_path) for _ in range(3))
-    assert first.begin() is None
-    assert second.begin() is None
-    first.end()
-    assert (tmp_path / "running").exists()
-    second.end()
-    assert third.begin() is None
-    third.end()
 
 
 def test_a_parent_that_can_not_be_made_says_what_to_do() -> None:

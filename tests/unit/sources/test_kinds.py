@@ -7,7 +7,7 @@ from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.debian.index import DebianMirrors
-from chandlery.sources.package_source import parse
+from chandlery.sources.kinds import parse
 
 AMD64 = Platform("linux", "amd64")
 
