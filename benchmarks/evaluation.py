@@ -39,7 +39,7 @@ async def table(data_dir: Path) -> Table:
     async with open_parts(settings) as parts:
         pin = await parts.sources.of("").pin(LATEST, Platform.of_host())
         system = Platform.of_host().nix_system
-        resolver = PackageResolver(parts.nix, parts.index)
+        resolver = PackageResolver(parts.stores.nix, parts.stores.index)
         configuration = NixConfiguration(data_dir / "nix", NixLimits(), NixOptions())
         environment = configuration.environment(Purpose.OWN)
         source = pin.to_nix()

@@ -26,7 +26,7 @@ from chandlery.image.name import LATEST, Vocabulary, of_parts
 from chandlery.layers.archive import archive, layer_entries, pack_store_paths
 from chandlery.layers.compression import COMPRESSIONS
 from chandlery.layers.store_reader import StoreReader
-from chandlery.machine.process_pool import PackingProcesses
+from chandlery.machine.process_pool import ProcessPool
 from chandlery.nix.closure import Closure
 from chandlery.oci.documents import Platform
 from chandlery.plan.popularity import Popularity
@@ -49,11 +49,11 @@ async def table(data_dir: Path) -> Table:
         *("GNU tar + pigz", "tarfile + gzip 6", "times as fast"),
     )
     settings = Settings.load(data_dir=data_dir)
-    async with open_parts(settings) as parts, PackingProcesses(settings.packing_processes) as packers:
+    async with open_parts(settings) as parts, ProcessPool(settings.packing_processes) as packers:
         for package in _PACKAGES:
             closure, groups = await realised(parts, settings, package)
             with tempfile.TemporaryDirectory(dir=data_dir, prefix="bench-") as temporary:
-                layers = _Layers(parts.nix.store_root, groups, settings, Path(temporary))
+                layers = _Layers(parts.stores.nix.store_root, groups, settings, Path(temporary))
                 tars = layers.tars()
                 megabytes = sum(len(block) for blocks in tars for block in blocks) / 1e6
                 times = [(await layers.pack(packers), layers.pack_by_parts(tars)) for _ in range(_TIMES)]
@@ -78,12 +78,12 @@ async def realised(
     """Give the closure of some packages, built, and its groups, as an image of the Debian set has them."""
     request = of_parts(packages, LATEST, Vocabulary(Platform.of_host()))
     pin = await parts.sources.of("").pin(LATEST, request.platform)
-    resolver = PackageResolver(parts.nix, parts.index)
+    resolver = PackageResolver(parts.stores.nix, parts.stores.index)
     found = await resolver.resolve(pin, request.platform.nix_system, request.all_packages)
     derivations = [each.derivation for each in found.values()]
     roots = settings.data_dir / "bench.roots" / "-".join(packages)
-    await parts.nix.realise(derivations, roots, settings.data_dir / "bench.log")
-    closure = await parts.nix.closure(each.store_path for each in found.values())
+    await parts.stores.nix.realise(derivations, roots, settings.data_dir / "bench.log")
+    closure = await parts.stores.nix.closure(each.store_path for each in found.values())
     popularity = Popularity.parse(Path(pin.popularity).read_bytes()) if pin.popularity else Popularity()
     budget = min(settings.max_layers - 1, MOST_STORE_PATH_LAYERS)
     groups = STRATEGIES[settings.layer_strategy](closure, popularity, budget)
@@ -103,7 +103,7 @@ class _Layers:
         reader = StoreReader(self.store_root)
         return [list(archive(layer_entries(reader, group.store_paths))) for group in self.groups]
 
-    async def pack(self, packers: PackingProcesses) -> float:
+    async def pack(self, packers: ProcessPool) -> float:
         """Pack into a blob store, as builds do: all is synced."""
 
         async def layer(group: LayerGroup) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from chandlery.image.name import LATEST, Vocabulary, of_parts
 from chandlery.oci.documents import Platform
-from chandlery.server.parts import image_builder, open_parts
+from chandlery.server.parts import open_images, open_parts
 from chandlery.settings.settings import Settings
 from chandlery.telemetry.build_timings import Work
 
@@ -31,7 +31,7 @@ async def table(data_dir: Path) -> Table:
         *Work,
     )
     settings = Settings.load(data_dir=data_dir)
-    async with open_parts(settings) as parts, image_builder(settings, parts) as builder:
+    async with open_parts(settings) as parts, open_images(settings, parts) as builder:
         await parts.sources.of("").pin(LATEST, Platform.of_host())
         for title, names in _STEPS:
             seconds = []

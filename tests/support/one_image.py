@@ -8,6 +8,7 @@ import httpx
 
 from chandlery.builds.images import Pulled
 from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.machine.deadline import Deadline
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -44,13 +45,13 @@ class OneImage:
     index: Mapping[ManifestFormat, Descriptor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     needed_by: set[str] | None = None
-    moment: float = 0.0
+    max_age: float = 0.0
     requests: list[ImageRequest] = field(default_factory=list)
     clients: list[tuple[str, float]] = field(default_factory=list)
 
-    async def pull(self, request: ImageRequest, client: str, timeout: float, *, index: bool) -> Pulled:
+    async def pull(self, request: ImageRequest, client: str, deadline: Deadline, *, index: bool) -> Pulled:
         self.requests.append(request)
-        self.clients.append((client, timeout))
+        self.clients.append((client, deadline.left or 0.0))
         if self.error:
             raise self.error
         if index and self.index:

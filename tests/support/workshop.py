@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chandlery.builds.images import BuildCapacity, ImageBuilder
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.images import BuildCapacity, Images
 from chandlery.builds.recipe import BuildOptions
+from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.stores import Stores
 from chandlery.image import name as image_name
 from chandlery.image.name import LATEST, ImageRequest, Vocabulary
 from chandlery.nix.closure import Closure, StorePath
@@ -82,18 +83,22 @@ class WatchedBlobs(FileBlobStore):
 
 @dataclass(frozen=True)
 class Workshop:
-    """An image builder, and what it works with."""
+    """Images, and what they are made with."""
 
-    builder: ImageBuilder
+    images: Images
     nix: WatchedNix
     blobs: WatchedBlobs
-    index: BuildIndex
+    index: SqliteIndex
     leases: Leases
     gates: Gates
     folder: Path
 
+    @property
+    def stores(self) -> Stores:
+        return Stores(self.folder, self.nix, self.blobs, self.index, self.leases)
+
     async def image(self, *parts: str) -> BuiltImage:
-        return await self.builder.image(a_request(*parts))
+        return await self.images.image(a_request(*parts))
 
     def building(self, *parts: str) -> "asyncio.Task[BuiltImage]":
         return asyncio.create_task(self.image(*parts))
@@ -148,12 +153,12 @@ async def opened(
     options, capacity = options or BuildOptions(), capacity or BuildCapacity()
     with (
         WatchedBlobs(blobs_folder or folder) as blobs,
-        BuildIndex(folder, use_interval=0.0) as index,
+        SqliteIndex(folder, use_interval=0.0) as index,
         Leases(folder) as leases,
     ):
         await nix.check()
-        async with ImageBuilder(
-            *(Sources.of_one(source), nix, blobs, index, leases, folder, options, capacity),
-            popularity=popularity or Popularity(),
-        ) as builder:
-            yield Workshop(builder, nix, blobs, index, leases, gates, folder)
+        stores = Stores(folder, nix, blobs, index, leases)
+        sources = Sources.of_one(source)
+        table = popularity or Popularity()
+        async with Images(sources, stores, options, capacity, popularity=table) as images:
+            yield Workshop(images, nix, blobs, index, leases, gates, folder)

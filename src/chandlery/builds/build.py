@@ -1,4 +1,4 @@
-"""One build as a thing of its own: an id, a state, a log, a timeline."""
+"""One build as a thing of its own: a recipe, an id, a state, a log, a timeline."""
 
 import time
 from contextvars import Context, copy_context
@@ -7,6 +7,7 @@ from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 
+from chandlery.builds.recipe import Recipe
 from chandlery.telemetry.build_timings import Timings
 
 
@@ -28,8 +29,7 @@ class Build:
     `context` is that of the request that asked for it first: what the build logs has that request's id.
     """
 
-    key: str
-    image: str
+    recipe: Recipe
     client: str
     log_file: Path
     id: str
@@ -42,13 +42,23 @@ class Build:
     context: Context = field(default_factory=copy_context, repr=False)
     _began: float = field(default_factory=time.monotonic)
 
+    @property
+    def key(self) -> str:
+        """The key of the image; see `Recipe.key`."""
+        return self.recipe.key
+
+    @property
+    def image(self) -> str:
+        """What people call the image."""
+        return self.recipe.title
+
     def step(self, name: str) -> None:
         """Note in the timeline that a step begins."""
         self.timeline.append((name, round(time.monotonic() - self._began, 3)))
 
     @property
     def has_ended(self) -> bool:
-        """Tell whether nothing more will happen in it."""
+        """Return whether nothing more will happen in it."""
         return self.state not in (BuildState.QUEUED, BuildState.RUNNING)
 
     @property
@@ -58,7 +68,7 @@ class Build:
 
     @property
     def steps(self) -> list[tuple[str, float, float]]:
-        """Give each step, its begin and its end, as in the timeline; before the first comes `queued`."""
+        """Return each step, its begin and its end, as in the timeline; before the first comes `queued`."""
         begun = [(BuildState.QUEUED.value, 0.0), *self.timeline]
         if not self.has_ended:
             begun.append(("", self.seconds))

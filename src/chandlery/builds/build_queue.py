@@ -6,16 +6,24 @@ client, so that one that asks for a hundred images delays another by one build, 
 that failed is remembered for a moment, because clients ask more than once for what they can't have.
 
 All of this holds over the processes that share a folder, too, but for the order of turns, which each process
-has for itself. What another process builds is awaited, without a turn; if that process dies, or gives the
+has for itself. What another process builds is followed, without a turn; if that process dies, or gives the
 build up, the build takes its turn here.
+
+What is in the queue goes through these states:
+
+    WAITING    for its turn here               -> RUNNING, FOLLOWING, ENDED (cancelled)
+    FOLLOWING  another process builds it       -> WAITING, ENDED
+    RUNNING    here                            -> ENDED
+    ENDED      with an image, or with an error
 """
 
 import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
@@ -25,7 +33,9 @@ import structlog
 
 from chandlery.builds.build import Build, BuildState
 from chandlery.builds.failures import FailedBuilds
-from chandlery.builds.locks import BuildClaims
+from chandlery.builds.locks import BuildLock, FileBuildLocks
+from chandlery.builds.recipe import Recipe
+from chandlery.builds.unfinished import UnfinishedBuilds
 from chandlery.errors import (
     BuildPendingError,
     BuildStoppedError,
@@ -33,6 +43,7 @@ from chandlery.errors import (
     StorageError,
     TooManyBuildsError,
 )
+from chandlery.machine.deadline import NO_DEADLINE, Deadline
 from chandlery.oci.documents import BuiltImage
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -65,113 +76,127 @@ class QueueLimits:
     admit: Callable[[str], None] = lambda _: None
 
 
+# What carries out a build, and what returns the image of a key if it is known.
 Work = Callable[[Build], Awaitable[BuiltImage]]
-Look = Callable[[], Awaitable[BuiltImage | None]]
+Known = Callable[[str], Awaitable[BuiltImage | None]]
 Observer = Callable[[Build], None]
+
+
+class _State(Enum):
+    """See above."""
+
+    WAITING = "waiting"
+    FOLLOWING = "following"
+    RUNNING = "running"
+    ENDED = "ended"
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
+    """A build in the queue; `owner` is the id of the build of its key that another process has or had."""
+
     build: Build
-    work: Work
-    look: Look
     outcome: "asyncio.Future[BuiltImage]"
+    state: _State
+    owner: str | None = None
     task: "asyncio.Task[None] | None" = None
-    abandoned: asyncio.TimerHandle | None = None
-    elsewhere: str | None = None  # the id of the build that another process has of this key
-
-
-async def _nothing() -> None:
-    return None
+    abandoned: "asyncio.Task[None] | None" = None
 
 
 class BuildQueue:
-    """Runs builds; enter it to start, leave it to stop what still runs.
+    """Runs builds by `build`; enter it to start, leave it to stop what still runs.
 
-    `logs` is a folder for their logs, and for what processes that share it tell each other of builds;
-    `observers` are told of every build that has ended.
+    `known` returns the image of a key that another process may have made meanwhile. `folder` is for the logs
+    of builds, and for what processes that share it tell each other of builds; `observers` are told of every
+    build that has ended.
     """
 
-    def __init__(self, limits: QueueLimits, logs: Path) -> None:
+    def __init__(self, limits: QueueLimits, folder: Path, *, build: Work, known: Known) -> None:
         self.observers: list[Observer] = []
+        self.locks = FileBuildLocks(folder, limits.running)
+        self._build = build
+        self._known = known
         self._limits = limits
-        self._logs = logs
-        self._entries: dict[str, _Entry] = {}  # by key: queued and running
+        self._folder = folder
+        self._entries: dict[str, _Entry] = {}  # by key: all that has not ended
         self._waiting: OrderedDict[str, deque[_Entry]] = OrderedDict()  # by client, the next one first
         self._running = 0
         self._stopping = False
-        self._look_again: asyncio.TimerHandle | None = None
-        self._failures = FailedBuilds(logs, limits.failure_memory)
-        self.claims = BuildClaims(logs, limits.running)
+        self._failures = FailedBuilds(folder, limits.failure_memory)
+        self._unfinished = UnfinishedBuilds(folder, self.locks)
         self._ended: deque[Build] = deque(maxlen=_REMEMBERED)
+        self._changed = asyncio.Event()
+        self._scheduler: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self.claims.open()
+        await self.locks.open()
         self._failures.sweep()
-        by_age = sorted(self._logs.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
+        by_age = sorted(self._folder.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in by_age[_REMEMBERED:]:
             old.unlink(missing_ok=True)
+        self._scheduler = asyncio.create_task(self._schedule(), name="build queue")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        running = [entry.task for entry in self._entries.values() if entry.task]
+        entries = self._entries.values()
+        tasks = [task for entry in entries for task in (entry.task, entry.abandoned) if task]
         self.stop()
-        await asyncio.gather(*running, return_exceptions=True)
+        if self._scheduler:
+            tasks.append(self._scheduler)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def stopping(self) -> bool:
-        """Tell whether builds end because the server does."""
+        """Return whether builds end because the server does."""
         return self._stopping
 
     def stop(self) -> None:
         """Cancel all builds and take no more: whoever waits, or asks now, gets `BuildStoppedError`."""
         self._stopping = True
-        if self._look_again is not None:
-            self._look_again.cancel()
+        if self._scheduler is not None:
+            self._scheduler.cancel()
         for entry in list(self._entries.values()):
             self._cancel(entry)
 
-    async def wait(
-        self,
-        key: str,
-        image: str,
-        client: str,
-        work: Work,
-        timeout: float | None = None,
-        look: Look = _nothing,
-    ) -> BuiltImage:
-        """Give what `work` makes for a key, joining the build of that key if there is one.
+    async def wait(self, recipe: Recipe, client: str = "", deadline: Deadline = NO_DEADLINE) -> BuiltImage:
+        """Return the image of a recipe, joining the build of its key if there is one.
 
-        `image` and `client` are for people and for fairness; `look` gives what another process may have made
-        for the key meanwhile. Raises what the build raises, `TooManyBuildsError` if the queue is full, and
-        after `timeout` seconds `BuildPendingError`.
+        `client` is for fairness. Raises what the build raises, `TooManyBuildsError` if the queue is full, and
+        `BuildPendingError` at the deadline: then the build goes on.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        key = recipe.key
         while True:
-            entry = self._entries.get(key) or self._submit(key, image, client, work, look)
+            entry = self._entries.get(key)
+            if entry is None:
+                owner = await self.locks.owner(key)
+                entry = self._entries.get(key) or self._submit(recipe, client, owner)
             with self._waits(entry):
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                await asyncio.wait([entry.outcome], timeout=left)
+                await asyncio.wait([entry.outcome], timeout=deadline.left)
             if not entry.outcome.done():
-                raise BuildPendingError(image, entry.elsewhere or entry.build.id, self.position(entry.build))
+                build_id = entry.owner or entry.build.id
+                raise BuildPendingError(recipe.title, build_id, self.position(entry.build))
             # One that joined a build in the moment in which it was given up starts it anew.
             if entry.build.state is not BuildState.CANCELLED or self._stopping:
                 return entry.outcome.result()
 
+    async def take_over(self) -> list[Recipe]:
+        """Return the recipes of builds that dead processes didn't end; each is returned once."""
+        return await self._unfinished.take_over()
+
     def builds(self) -> list[Build]:
-        """Give all builds of this process that are known, the newest first."""
-        current = [entry.build for entry in self._entries.values() if entry.elsewhere is None]
+        """Return all builds of this process that are known, the newest first."""
+        current = [entry.build for entry in self._entries.values() if entry.owner is None]
         return sorted([*current, *self._ended], key=lambda build: build.asked_at, reverse=True)
 
     def find(self, build_id: str) -> Build | None:
-        """Give the build with this id, if it is known."""
+        """Return the build with this id, if it is known."""
         return next((build for build in self.builds() if build.id == build_id), None)
 
     def log_file(self, build_id: str) -> Path:
-        """Give where the log of a build is; `build_id` is trusted to be one."""
-        return self._logs / f"{build_id}.log"
+        """Return where the log of a build is; `build_id` is trusted to be one."""
+        return self._folder / f"{build_id}.log"
 
     @property
     def queued(self) -> int:
@@ -184,65 +209,41 @@ class BuildQueue:
         return self._running
 
     def position(self, build: Build) -> int:
-        """Tell how many builds start before this one and it, in the order of turns; 0 when it has started."""
+        """Return how many builds start before this one and it, in the order of turns; 0 when it runs."""
         turns = (each.build for each in self._turns())
         return next((number for number, each in enumerate(turns, 1) if each is build), 0)
 
-    def _submit(self, key: str, image: str, client: str, work: Work, look: Look) -> _Entry:
+    def _submit(self, recipe: Recipe, client: str, owner: str | None) -> _Entry:
+        """Take a build of a key whose lock has an owner, or none."""
         if self._stopping:
-            raise BuildStoppedError(image, "none")
-        failure = self._failures.recent(key)
+            raise BuildStoppedError(recipe.title, "none")
+        failure = self._failures.recent(recipe.key)
         if failure is not None:
             raise failure
-        elsewhere = self.claims.holder(key)
-        if elsewhere is None:
-            if self.queued >= self._limits.queued:
-                raise TooManyBuildsError(image, self._limits.queued)
+        if owner is None:
+            # Those that will start at once don't have to wait.
+            if self.queued - (self._limits.running - self._running) >= self._limits.queued:
+                raise TooManyBuildsError(recipe.title, self._limits.queued)
             if client not in _OWN:
                 self._limits.admit(client)
         build_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(4)}"
-        build = Build(key, image, client, self.log_file(build_id), build_id, time.time())
-        entry = _Entry(build, work, look, asyncio.get_running_loop().create_future())
-        self._entries[key] = entry
-        if elsewhere is None:
+        build = Build(recipe, client, self.log_file(build_id), build_id, time.time())
+        entry = _Entry(build, asyncio.get_running_loop().create_future(), _State.WAITING)
+        self._entries[build.key] = entry
+        if owner is None:
             self._take_turns(entry)
         else:
-            self._follow(entry, elsewhere)
+            self._follow(entry, owner)
         return entry
+
+    # Taking turns.
 
     def _take_turns(self, entry: _Entry) -> None:
         build = entry.build
         log.info("build queued", build=build.id, image=build.image, client=build.client)
+        entry.state, entry.owner, entry.task = _State.WAITING, None, None
         self._waiting.setdefault(build.client, deque()).append(entry)
-        self._start_next()
-
-    def _turns(self) -> Iterator[_Entry]:
-        """Give what waits, in the order in which it will start: one of each client, then again."""
-        queues = [list(queue) for queue in self._waiting.values()]
-        for round_number in range(max(map(len, queues), default=0)):
-            for queue in queues:
-                if round_number < len(queue):
-                    yield queue[round_number]
-
-    def _start_next(self) -> None:
-        """Start what has its turn, as far as may run at once, and await what other processes have begun."""
-        all_taken = False
-        for entry in list(self._turns()):
-            elsewhere = self.claims.holder(entry.build.key)
-            if elsewhere is not None:
-                self._withdraw(entry)
-                self._follow(entry, elsewhere)
-            elif not all_taken:
-                slot = self.claims.slot() if self._running < self._limits.running else None
-                all_taken = slot is None
-                if slot is not None:
-                    self._try_to_start(entry, slot)
-        if self._waiting and self._look_again is None and not self._stopping:
-            self._look_again = asyncio.get_running_loop().call_later(_POLL, self._try_again)
-
-    def _try_again(self) -> None:
-        self._look_again = None
-        self._start_next()
+        self._changed.set()
 
     def _withdraw(self, entry: _Entry) -> None:
         """Take an entry from those that wait."""
@@ -251,41 +252,88 @@ class BuildQueue:
         if not queue:
             del self._waiting[entry.build.client]
 
-    def _try_to_start(self, entry: _Entry, slot: ExitStack) -> None:
+    def _turns(self) -> Iterator[_Entry]:
+        """Return what waits, in the order in which it will start: one of each client, then again."""
+        queues = [list(queue) for queue in self._waiting.values()]
+        for round_number in range(max(map(len, queues), default=0)):
+            for queue in queues:
+                if round_number < len(queue):
+                    yield queue[round_number]
+
+    async def _schedule(self) -> None:
+        """Start what has its turn, whenever something has changed here, or may have in other processes."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL if self._waiting else None):
+                    await self._changed.wait()
+            self._changed.clear()
+            try:
+                await self._start_next()
+            except Exception:
+                log.exception("builds can't be started")
+                await asyncio.sleep(_POLL)
+
+    async def _start_next(self) -> None:
+        """Start what has its turn, as far as may run at once, and follow what other processes have begun."""
+        all_taken = False
+        for entry in list(self._turns()):
+            owner = await self.locks.owner(entry.build.key)
+            if entry.state is not _State.WAITING:
+                continue  # it was cancelled meanwhile
+            if owner is not None:
+                self._withdraw(entry)
+                self._follow(entry, owner)
+            elif not all_taken:
+                slot = await self.locks.slot() if self._running < self._limits.running else None
+                all_taken = slot is None
+                if slot is not None:
+                    await self._try_to_start(entry, slot)
+
+    async def _try_to_start(self, entry: _Entry, slot: BuildLock) -> None:
         """Start a build, which has a slot and its key as long as it runs; not if another process is at it."""
         build = entry.build
-        claim = self.claims.claim(build.key, build.id)
-        if claim is None:
-            slot.close()
-            return
-        slot.enter_context(claim)
-        self._withdraw(entry)
-        if build.client in self._waiting:
-            self._waiting.move_to_end(build.client)  # the others' turn comes first
-        self._running += 1
-        build.state = BuildState.RUNNING
-        # Not in the context of whatever build has just ended.
-        entry.task = asyncio.create_task(
-            self._run(entry, slot), name=f"build {build.id}", context=build.context
-        )
+        async with AsyncExitStack() as held:
+            held.push_async_callback(slot.release)
+            lock = await self.locks.acquire(build.key, build.id)
+            if lock is None:
+                return
+            held.push_async_callback(lock.release)
+            if entry.state is not _State.WAITING:
+                return
+            self._withdraw(entry)
+            if build.client in self._waiting:
+                self._waiting.move_to_end(build.client)  # the others' turn comes first
+            self._running += 1
+            entry.state, build.state = _State.RUNNING, BuildState.RUNNING
+            # Not in the context of whatever build has just ended.
+            entry.task = asyncio.create_task(
+                self._run(entry, held.pop_all()), name=f"build {build.id}", context=build.context
+            )
 
-    async def _run(self, entry: _Entry, held: ExitStack) -> None:
+    # Running, here or in another process.
+
+    async def _run(self, entry: _Entry, held: AsyncExitStack) -> None:
         build = entry.build
         try:
-            with held:
+            async with held:
                 if not await self._is_settled(entry):
-                    await self._build(entry)
+                    await self._carry_out(entry)
         except asyncio.CancelledError:
             self._end(entry, BuildState.CANCELLED, BuildStoppedError(build.image, build.id))
             raise
         finally:
             self._running -= 1
-            if not self._stopping:
-                self._start_next()
+            self._changed.set()
 
-    async def _build(self, entry: _Entry) -> None:
+    async def _carry_out(self, entry: _Entry) -> None:
         try:
-            image = await entry.work(entry.build)
+            with self._unfinished.begun(entry.build.recipe):
+                image = await self._build(entry.build)
+        except asyncio.CancelledError:
+            # What a server stops, the next one takes over.
+            if not self._stopping:
+                self._unfinished.forget(entry.build.recipe)
+            raise
         except Exception as error:
             self._fail(entry, error)
         else:
@@ -299,62 +347,62 @@ class BuildQueue:
             self._failures.remember(build.key, error)
         log.warning("build failed", build=build.id, image=build.image, error=str(error))
 
-    def _follow(self, entry: _Entry, elsewhere: str) -> None:
-        log.info("another process builds it", build=elsewhere, image=entry.build.image)
-        entry.elsewhere = elsewhere
+    def _follow(self, entry: _Entry, owner: str) -> None:
+        log.info("another process builds it", build=owner, image=entry.build.image)
+        entry.state, entry.owner = _State.FOLLOWING, owner
         entry.task = asyncio.create_task(self._await_other(entry), context=entry.build.context)
 
     async def _await_other(self, entry: _Entry) -> None:
         """Wait for another process's build; if it comes to nothing, the build has its turn here."""
         build = entry.build
         try:
-            while self.claims.holder(build.key) is not None:
+            while await self.locks.owner(build.key) is not None:
                 if build.waiters:
-                    self.claims.wait_for(build.key)
+                    await self.locks.note_waiter(build.key)
                 await asyncio.sleep(_POLL)
             if await self._is_settled(entry):
                 return
         except asyncio.CancelledError:
             self._end(entry, BuildState.CANCELLED, BuildStoppedError(build.image, build.id))
             raise
-        entry.elsewhere = entry.task = None
         self._take_turns(entry)
 
     async def _is_settled(self, entry: _Entry) -> bool:
         """End an entry that needs no build here, because another process had one meanwhile."""
         try:
-            outcome = await entry.look() or self._failures.recent(entry.build.key)
+            outcome = await self._known(entry.build.key) or self._failures.recent(entry.build.key)
         except Exception as error:
             self._fail(entry, error)
             return True
         if outcome is None:
             return False
-        entry.elsewhere = entry.elsewhere or ""
-        self._end(
-            entry, BuildState.FAILED if isinstance(outcome, Exception) else BuildState.FINISHED, outcome
-        )
+        entry.owner = entry.owner or ""
+        failed = isinstance(outcome, Exception)
+        self._end(entry, BuildState.FAILED if failed else BuildState.FINISHED, outcome)
         return True
 
     def _end(self, entry: _Entry, state: BuildState, outcome: BuiltImage | Exception) -> None:
-        entry.build.state = state
+        entry.state, entry.build.state = _State.ENDED, state
         entry.build.step(state)
         if entry.abandoned is not None:
             entry.abandoned.cancel()
         del self._entries[entry.build.key]
         if isinstance(outcome, Exception):
             entry.build.error = outcome
-            if isinstance(outcome, ChandleryError) and entry.elsewhere is None:
+            if isinstance(outcome, ChandleryError) and entry.owner is None:
                 outcome.build = entry.build.id
             entry.outcome.set_exception(outcome)
             # Whoever waits hears of it; when nobody does, nobody needs to.
             entry.outcome.exception()
         else:
             entry.outcome.set_result(outcome)
-        if entry.elsewhere is not None:
+        if entry.owner is not None:
             return
         self._ended.append(entry.build)
         for observe in self.observers:
             observe(entry.build)
+
+    # Giving up.
 
     @contextmanager
     def _waits(self, entry: _Entry) -> Iterator[None]:
@@ -368,17 +416,21 @@ class BuildQueue:
         finally:
             entry.build.waiters -= 1
             if entry.build.waiters == 0 and not entry.outcome.done():
-                loop = asyncio.get_running_loop()
-                entry.abandoned = loop.call_later(self._limits.grace, self._abandon, entry)
+                entry.abandoned = asyncio.create_task(self._abandon(entry))
 
-    def _abandon(self, entry: _Entry) -> None:
-        left = self._limits.grace - self.claims.waited_for(entry.build.key)
-        if left > 0 and entry.build.state is BuildState.RUNNING:
-            # Others wait for it where it can't be seen from here.
-            entry.abandoned = asyncio.get_running_loop().call_later(left, self._abandon, entry)
-            return
-        log.info("build cancelled: nobody waits for it", build=entry.build.id, image=entry.build.image)
-        self._cancel(entry)
+    async def _abandon(self, entry: _Entry) -> None:
+        """Cancel a build for which nobody has waited for the grace time, here or in other processes."""
+        left = self._limits.grace
+        while True:
+            await asyncio.sleep(max(0.0, left))
+            if entry.state is not _State.RUNNING:
+                break
+            left = self._limits.grace - await self.locks.last_waiter(entry.build.key)
+            if left <= 0:
+                break
+        if entry.build.waiters == 0 and entry.state is not _State.ENDED:
+            log.info("build cancelled: nobody waits for it", build=entry.build.id, image=entry.build.image)
+            self._cancel(entry)
 
     def _cancel(self, entry: _Entry) -> None:
         if entry.task is not None:

@@ -1,4 +1,4 @@
-"""From an image's origin to the image: resolve, realise, plan, pack, describe.
+"""From a recipe to the image: resolve, realise, plan, pack, describe, remember.
 
 What is made again is the same to the byte, and what is known isn't made again: attribute paths that were
 resolved, layers that were packed. Every blob that the image will need is leased before it is looked for or
@@ -9,62 +9,58 @@ import asyncio
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from weakref import WeakValueDictionary
+from types import TracebackType
+from typing import Self
 
 import msgspec
 import structlog
 
+from chandlery.builds import description
 from chandlery.builds.build import Build
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.job import Job
+from chandlery.builds.known_images import KnownImages
+from chandlery.builds.layer_packer import LayerPacker
 from chandlery.builds.popularity_tables import PopularityTables
-from chandlery.builds.recipe import ImageOrigin
+from chandlery.builds.recipe import Recipe
 from chandlery.builds.resolver import PackageResolver
-from chandlery.builds.speculative_packing import EarlyLayers, Expected
+from chandlery.builds.speculative_packing import NixProgress, SpeculativePacking
+from chandlery.builds.stores import Stores
 from chandlery.errors import BuildTooLargeError, RevisionGoneError, StorageFullError
 from chandlery.image.name import ImageRequest
-from chandlery.image.profile import Profile
-from chandlery.layers.archive import layer_key, pack_store_paths
-from chandlery.layers.compression import COMPRESSIONS
-from chandlery.layers.main_program import MainPackage
+from chandlery.layers.main_program import main_package
 from chandlery.layers.root_layer import RootLayer, pack_changed_root_layer, pack_root_layer
-from chandlery.machine.process_pool import PackingProcesses
+from chandlery.machine.process_pool import ProcessPool
+from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.nix.closure import Closure, StorePath
-from chandlery.nix.nix import Nix, Resolution
+from chandlery.nix.nix import Resolution
 from chandlery.nix.output import DerivationMissingError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     MANIFEST_MEDIA_TYPE,
     OCI_CONFIG,
     BuiltImage,
-    ContainerConfig,
-    Descriptor,
     ManifestFormat,
     PackedLayer,
     image_config,
     image_manifest,
 )
-from chandlery.plan.strategies import STRATEGIES, LayerGroup
-from chandlery.storage.blob_store import BlobStore
-from chandlery.storage.leases import Lease
+from chandlery.plan.layer_group import LayerGroup
+from chandlery.plan.strategies import STRATEGIES
 from chandlery.telemetry.build_timings import Work
 from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-# design.md, "The layer plan": container runtimes stop at 127, and people build on top.
+# Container runtimes stop at 127 layers, and people build on top of images (docs/layering.md).
 MOST_STORE_PATH_LAYERS = 94
 
 # How often a build begins anew because Nix's garbage collector took what was resolved before it was built.
 _ATTEMPTS = 4
 
-_ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games",
-    "SSL_CERT_FILE": "/etc/ssl/certs/ca-bundle.crt",
-}
+Plan = Callable[[Closure], Sequence[LayerGroup]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,50 +84,77 @@ class BuildLimits:
             raise BuildTooLargeError(image, "bytes in its closure", closure.nar_size, self.closure_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One build while it runs; `roots` (a folder of links) and `lease` keep what it needs from collectors."""
+class Pipeline:
+    """Carries out recipes that Nix can evaluate, or could once; enter it before, leave it after the last one.
 
-    origin: ImageOrigin
-    build: Build
-    roots: Path
-    lease: Lease
-
-
-class ImageMaker:
-    """Makes images of any origin that Nix can evaluate, or could once.
-
-    Whoever has it enters its `packers` before, and leaves them after the last image was made.
+    At most `processes` layers are packed at once, over all builds.
     """
 
     def __init__(
         self,
-        nix: Nix,
-        blobs: BlobStore,
-        index: BuildIndex,
+        stores: Stores,
+        known: KnownImages,
+        resolver: PackageResolver,
         tables: PopularityTables,
         limits: BuildLimits,
-        packing_processes: int,
-        metrics: Metrics | None = None,
+        processes: int,
+        metrics: Metrics,
     ) -> None:
-        self._metrics = metrics or Metrics()
-        self._nix = nix
-        self._resolver = PackageResolver(nix, index, self._metrics)
-        self._blobs = blobs
-        self._index = index
+        self._stores = stores
+        self._known = known
+        self._resolver = resolver
         self._tables = tables
         self._limits = limits
-        self.packers = PackingProcesses(packing_processes)
-        self._layer_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._pool = ProcessPool(processes)
+        self._packer = LayerPacker(stores, known, self._pool, metrics)
+        self._exit = AsyncExitStack()
 
-    async def make(self, job: Job) -> BuiltImage:
-        """Make an image; its blobs are durable and leased when this returns. Raises any `ChandleryError`."""
-        origin = job.origin
-        plan = await self._plan(origin)
-        async with EarlyLayers(plan, partial(self._layer, job)) as early:
-            resolutions = await self._resolved_and_built(job, early)
-            wanted = _roots(origin.request, resolutions, origin.options.root_layer.contents)
-            closure = await self._nix.closure(wanted)
+    async def __aenter__(self) -> Self:
+        self._temporary = self._exit.enter_context(TemporaryFolder(self._stores.folder / "tmp"))
+        await self._exit.enter_async_context(self._pool)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._exit.aclose()
+
+    async def make(self, build: Build) -> BuiltImage:
+        """Make the image of a build's recipe; it is durable and remembered when this returns.
+
+        Raises any `ChandleryError`.
+        """
+        async with self._protected(build) as job:
+            image = await self._make(job)
+            # Only then does the lease end: from now on it is the index that keeps the blobs.
+            await self._stores.index.remember_image(build.recipe, image)
+        log.info(
+            "build finished",
+            build=build.id,
+            seconds=round(build.seconds, 3),
+            layers=len(image.layers),
+            store_paths=image.store_paths,
+            bytes=sum(layer.descriptor.size for layer in image.layers),
+        )
+        return image
+
+    @asynccontextmanager
+    async def _protected(self, build: Build) -> AsyncIterator[Job]:
+        """Keep what a build needs from collectors, of Nix and of blobs, until it ends."""
+        roots = self._temporary.path / build.id
+        try:
+            async with self._stores.leases.lease() as lease:
+                yield Job(build, roots, lease)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, roots, ignore_errors=True)
+
+    async def _make(self, job: Job) -> BuiltImage:
+        recipe = job.recipe
+        plan = await self._plan(recipe)
+        async with SpeculativePacking(job, self._packer, plan) as early:
+            resolutions = await self._resolve_and_realise(job, early)
+            roots = _closure_roots(recipe.request, resolutions, recipe.options.root_layer.contents)
+            closure = await self._stores.nix.closure(roots)
             log.info(
                 "realised",
                 build=job.build.id,
@@ -139,64 +162,52 @@ class ImageMaker:
                 bytes=closure.nar_size,
                 early_layers=early.begun,
             )
-            self._limits.check_closure(origin.request.name, closure)
+            self._limits.check_closure(recipe.request.name, closure)
             job.build.step("pack")
             groups = await asyncio.to_thread(plan, closure)
-            known = await self._known_layers(job, groups)
-            main = _main_package(origin.request, resolutions)
+            known = await self._packer.known(job, groups)
             # The largest first: one that comes last would keep one processor busy and the others idle.
             by_size = sorted(groups, key=lambda group: -group.nar_size)
             async with _first_error_alone(), asyncio.TaskGroup() as tasks:
-                root_task = tasks.create_task(self._root_layer(job, closure, wanted, main))
+                root_task = tasks.create_task(self._root_layer(job, closure, roots, resolutions))
                 packing = {
                     group: tasks.create_task(early.layer(group)) for group in by_size if group not in known
                 }
         packed = known | {group: task.result() for group, task in packing.items()}
         root = root_task.result()
-        layers = [(packed[group], _history(group)) for group in groups]
-        layers.append((root.layer, "chandlery: root filesystem"))
-        return await self._describe(job, closure, root, layers, _labels(origin, resolutions))
+        layers = [(packed[group], description.history(group)) for group in groups]
+        layers.append((root.layer, description.ROOT_FILESYSTEM_HISTORY))
+        return await self._describe(job, closure, root, layers, description.labels(recipe, resolutions))
 
-    async def resolve(self, origin: ImageOrigin, *, remembered: bool = True) -> Mapping[str, Resolution]:
-        """Find the derivations of an image's packages; see `PackageResolver.resolve`."""
-        request = origin.request
-        return await self._resolver.resolve(
-            origin.pin, request.platform.nix_system, request.all_packages, remembered=remembered
-        )
-
-    async def has(self, descriptor: Descriptor) -> bool:
-        """Tell whether a blob is there; one that has another size is removed, so that it is made again."""
-        info = await self._blobs.stat(descriptor.digest)
-        if info is not None and info.size != descriptor.size:
-            log.warning("a blob is damaged", digest=str(descriptor.digest), bytes=info.size)
-            await self._blobs.delete(descriptor.digest)
-            return False
-        return info is not None
-
-    async def _plan(self, origin: ImageOrigin) -> Callable[[Closure], Sequence[LayerGroup]]:
-        """Give what groups a closure, as the image's options and its table of popularity have it."""
+    async def _plan(self, recipe: Recipe) -> Plan:
+        """Return what groups a closure, as the image's options and its table of popularity have it."""
         try:
-            popularity = await asyncio.to_thread(self._tables.table, origin.popularity)
+            popularity = await asyncio.to_thread(self._tables.table, recipe.popularity)
         except KeyError as error:
             # With another the image would be another.
-            raise RevisionGoneError(f"{origin.pin.kind}!{origin.pin.location}", origin.pin.tag) from error
-        strategy = STRATEGIES[origin.options.strategy]
-        budget = min(origin.options.max_layers - 1, MOST_STORE_PATH_LAYERS)
+            raise RevisionGoneError(recipe.pin.text, recipe.pin.tag) from error
+        strategy = STRATEGIES[recipe.options.strategy]
+        budget = min(recipe.options.max_layers - 1, MOST_STORE_PATH_LAYERS)
         return lambda closure: strategy(closure, popularity, budget)
 
-    async def _resolved_and_built(self, job: Job, early: EarlyLayers) -> Mapping[str, Resolution]:
+    async def _resolve_and_realise(self, job: Job, early: SpeculativePacking) -> Mapping[str, Resolution]:
         """Resolve the packages and build them; what was resolved once may have been collected since."""
-        attempt = 0
-        async with self._nix.beginning() as passage:
+        attempt, request = 0, job.recipe.request
+        async with self._stores.nix.beginning() as passage:
             while True:
                 attempt += 1
                 job.build.step("resolve")
                 with job.build.timings.during(Work.RESOLVE):
-                    resolutions = await self.resolve(job.origin, remembered=attempt == 1)
+                    resolutions = await self._resolver.resolve(
+                        job.recipe.pin,
+                        request.platform.nix_system,
+                        request.all_packages,
+                        remembered=attempt == 1,
+                    )
                 log.info("resolved", build=job.build.id, packages=len(resolutions))
                 job.build.step("realise")
                 wanted = sorted({each.store_path for each in resolutions.values()})
-                if await self._nix.protect_known(wanted, job.roots / "known"):
+                if await self._stores.nix.protect_known(wanted, job.roots / "known"):
                     return resolutions
                 passage.realising()
                 try:
@@ -208,108 +219,62 @@ class ImageMaker:
                 else:
                     return resolutions
 
-    async def _realise(self, job: Job, resolutions: Mapping[str, Resolution], early: EarlyLayers) -> None:
+    async def _realise(
+        self, job: Job, resolutions: Mapping[str, Resolution], early: SpeculativePacking
+    ) -> None:
         """Build all packages, as what one derivation needs.
 
         Nix 2.8 keeps the locks of what it was asked for to its end, even if another Nix has built it: two
         that were asked for the same packages can wait for each other for ever. What is only needed it lets
         go.
         """
+        nix, own = self._stores.nix, job.recipe.pin.builders_are_own
         needed = sorted({(each.derivation, each.output) for each in resolutions.values()})
         described = [{"derivation": derivation, "output": output} for derivation, output in needed]
         arguments = {
-            "name": _store_name(f"image-{job.origin.request.name}"),
+            "name": _store_name(f"image-{job.recipe.request.name}"),
             "derivations": msgspec.json.encode(described).decode(),
         }
-        together = await self._nix.instantiate("together.nix", arguments, job.roots)
-        own = job.origin.pin.kind == "debian"
-        async with early.watching(self._expected(resolutions, own=own)):
-            await self._nix.realise(
-                [together], job.roots, job.build.log_file, own=own, timings=job.build.timings
-            )
-
-    def _expected(self, resolutions: Mapping[str, Resolution], *, own: bool) -> Expected:
-        """Give what tells which store paths an image will have, and what of them is there."""
-        derivations = sorted({each.derivation for each in resolutions.values()})
-        wanted = sorted({each.store_path for each in resolutions.values()})
-
-        async def made() -> tuple[Closure, frozenset[StorePath]] | None:
-            # Packages of the Debian set need all that they are made of.
-            return await self._nix.made_by(derivations)
-
-        async def finished() -> tuple[Closure, frozenset[StorePath]] | None:
-            closure = await self._nix.known_closure(wanted)
-            return None if closure is None else (closure, frozenset(node.path for node in closure.nodes))
-
-        return made if own else finished
-
-    async def _known_layers(self, job: Job, groups: Sequence[LayerGroup]) -> dict[LayerGroup, PackedLayer]:
-        """Give the layers that were packed before, and are there."""
-        compression = COMPRESSIONS[job.origin.options.compression]
-        recorded = {group: self._index.layer(layer_key(group.store_paths, compression)) for group in groups}
-        found = {group: layer for group, layer in recorded.items() if layer is not None}
-        await job.lease.take(*(layer.descriptor.digest for layer in found.values()))
-        there = await asyncio.gather(*(self.has(layer.descriptor) for layer in found.values()))
-        known = {
-            group: layer for (group, layer), is_there in zip(found.items(), there, strict=True) if is_there
-        }
-        self._metrics.looked_up("layer", hits=len(known))
-        return known
-
-    async def _layer(self, job: Job, group: LayerGroup) -> PackedLayer:
-        """Give a group's layer, packing it unless it is known; never twice at once."""
-        compression = job.origin.options.compression
-        key = layer_key(group.store_paths, COMPRESSIONS[compression])
-        lock = self._layer_locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            known = self._index.layer(key)
-            if known is not None:
-                await job.lease.take(known.descriptor.digest)
-                if await self.has(known.descriptor):
-                    self._metrics.looked_up("layer", hits=1)
-                    return known
-            self._metrics.looked_up("layer", misses=1)
-            with self._blobs.temporary_file() as file:
-                with job.build.timings.during(Work.PACK):
-                    packed = await self.packers.run(
-                        pack_store_paths, self._nix.store_root, group.store_paths, compression, file
-                    )
-                await self._put(job, packed, file)
-            await asyncio.to_thread(self._index.remember_layer, key, packed)
-            log.debug("layer packed", digest=str(packed.descriptor.digest), bytes=packed.descriptor.size)
-            return packed
+        together = await nix.instantiate("together.nix", arguments, job.roots)
+        async with early.watching(NixProgress(nix, tuple(resolutions.values()), own)):
+            await nix.realise([together], job.roots, job.build.log_file, own=own, timings=job.build.timings)
 
     async def _root_layer(
-        self, job: Job, closure: Closure, wanted: Sequence[StorePath], main: MainPackage | None
+        self,
+        job: Job,
+        closure: Closure,
+        roots: Sequence[StorePath],
+        resolutions: Mapping[str, Resolution],
     ) -> RootLayer:
         """Pack the root filesystem; it is small, and no two images share it, so it isn't remembered alone."""
-        options = job.origin.options.root_layer
-        owner, account = (options.uid, options.gid), job.origin.request.profile.account
-        final = job.origin.options.compression
+        request, options = job.recipe.request, job.recipe.options.root_layer
+        owner, account = (options.uid, options.gid), request.profile.account
+        final = job.recipe.options.compression
         first = "none" if options.extra_commands else final
-        store = self._nix.store_root
-        with self._blobs.temporary_file() as file:
+        main = main_package(request, resolutions)
+        store = self._stores.nix.store_root
+        with self._stores.blobs.temporary_file() as file:
             with job.build.timings.during(Work.PACK):
-                packed = await self.packers.run(
-                    pack_root_layer, store, closure, wanted, owner, account, main, first, file
+                packed = await self._pool.run(
+                    pack_root_layer, store, closure, roots, owner, account, main, first, file
                 )
             if options.extra_commands:
                 changed = await self._run_extra_commands(job, file)
-                layer = await self.packers.run(
+                layer = await self._pool.run(
                     pack_changed_root_layer, store, changed, owner, account, final, file
                 )
                 packed = RootLayer(layer, packed.main_program)
-            await self._put(job, packed.layer, file)
+            await self._packer.put(job, packed.layer, file)
         return packed
 
     async def _run_extra_commands(self, job: Job, layer: Path) -> StorePath:
         """Run the operator's commands over a layer in Nix's sandbox; `BuildError` when they fail."""
-        tar = await self._nix.add(layer, job.roots / "root-filesystem")
-        script = job.origin.options.root_layer.extra_commands
-        roots = job.roots / "extra-commands"
+        nix, roots = self._stores.nix, job.roots / "extra-commands"
+        tar = await nix.add(layer, job.roots / "root-filesystem")
+        script = job.recipe.options.root_layer.extra_commands
         arguments = {"layer": str(tar), "script": script}
-        derivation = await self._nix.instantiate("extra_commands.nix", arguments, roots)
-        await self._nix.realise([derivation], roots, job.build.log_file)
+        derivation = await nix.instantiate("extra_commands.nix", arguments, roots)
+        await nix.realise([derivation], roots, job.build.log_file)
         return StorePath.parse(str((roots / "result").readlink()))
 
     async def _describe(
@@ -321,15 +286,15 @@ class ImageMaker:
         labels: Mapping[str, str],
     ) -> BuiltImage:
         """Put the config and both manifests into the blob store."""
-        request = job.origin.request
-        container = _container(request.profile, root.main_program, labels)
+        blobs, request = self._stores.blobs, job.recipe.request
+        container = description.container(request.profile, root.main_program, labels)
         config = image_config(request.platform, layers, container)
         descriptors = [layer.descriptor for layer, _ in layers]
         contents = {each: image_manifest(each, config, descriptors, labels) for each in ManifestFormat}
         await job.lease.take(*map(Digest.of, (config, *contents.values())))
-        config_descriptor = await self._blobs.put_bytes(config, OCI_CONFIG)
+        config_descriptor = await blobs.put_bytes(config, OCI_CONFIG)
         manifests = {
-            each: await self._blobs.put_bytes(content, MANIFEST_MEDIA_TYPE[each])
+            each: await blobs.put_bytes(content, MANIFEST_MEDIA_TYPE[each])
             for each, content in contents.items()
         }
         return BuiltImage(
@@ -339,12 +304,6 @@ class ImageMaker:
             len(closure.nodes),
             closure.nar_size,
         )
-
-    async def _put(self, job: Job, layer: PackedLayer, file: Path) -> None:
-        await job.lease.take(layer.descriptor.digest)
-        with job.build.timings.during(Work.STORE):
-            await self._blobs.put(layer.descriptor.digest, file, layer.descriptor.media_type)
-        self._metrics.packed(layer.descriptor.size)
 
 
 @asynccontextmanager
@@ -356,59 +315,14 @@ async def _first_error_alone() -> AsyncIterator[None]:
         raise group.exceptions[0] from None
 
 
-def _roots(
+def _closure_roots(
     request: ImageRequest, resolutions: Mapping[str, Resolution], contents: Sequence[StorePath]
 ) -> list[StorePath]:
-    """Give the closure's roots, the most wanted first, each once."""
+    """Return the closure's roots, the most wanted first, each once."""
     packages = (resolutions[path].store_path for path in request.most_wanted_first)
     return list(dict.fromkeys([*contents, *packages]))
 
 
-def _main_package(request: ImageRequest, resolutions: Mapping[str, Resolution]) -> MainPackage | None:
-    if len(request.packages) != 1:
-        return None
-    resolution = resolutions[request.packages[0]]
-    return MainPackage(resolution.store_path, resolution.pname, resolution.main_program)
-
-
-def _container(profile: Profile, program: str | None, labels: Mapping[str, str]) -> ContainerConfig:
-    """Say what a container is started with; what a profile says counts more than what is found."""
-    command = profile.command
-    if program and not command and not profile.entrypoint:
-        command = (program,)
-    return ContainerConfig(
-        profile.entrypoint,
-        command,
-        {**_ENVIRONMENT, **profile.environment},
-        profile.user_and_group,
-        profile.working_directory,
-        [port if "/" in port else f"{port}/tcp" for port in profile.exposed_ports],
-        {**labels, **profile.labels},
-    )
-
-
-def _labels(origin: ImageOrigin, resolutions: Mapping[str, Resolution]) -> Mapping[str, str]:
-    """Say what the image is, and of which revision (image-spec, annotations.md).
-
-    All of it comes from the packages and the pin, so that it is the same on every machine.
-    """
-    pin, request = origin.pin, origin.request
-    found = [resolutions[path] for path in request.packages]
-    labels = {
-        "title": request.title,
-        "description": ", ".join(f"{each.pname} {each.version}".strip() for each in found),
-        "version": found[0].version if len(found) == 1 else "",
-        "source": pin.public_location,
-        "revision": pin.revision,
-    }
-    return {f"org.opencontainers.image.{name}": value for name, value in labels.items() if value}
-
-
 def _store_name(text: str) -> str:
-    """Make a name that a store path may have (Nix manual, "Store Path")."""
+    """Return a name that a store path may have (Nix manual, "Store Path")."""
     return re.sub(r"[^0-9a-zA-Z+._?=-]", "-", text)[:200]
-
-
-def _history(group: LayerGroup) -> str:
-    """Say what is in a layer, for the image's history."""
-    return f"chandlery: {', '.join(path.name for path in group.store_paths)}"

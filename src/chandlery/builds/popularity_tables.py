@@ -1,6 +1,6 @@
 """The tables of popularity that images are planned with, each kept by its identity in the data folder.
 
-An image's origin has the identity alone. So its table is kept here, after the package set has a newer one: an
+An image's recipe has the identity alone. So its table is kept here, after the package set has a newer one: an
 image whose blobs were lost or collected is made again with the same layers.
 
     popularity/<identity>.json.zst

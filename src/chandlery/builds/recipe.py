@@ -1,11 +1,15 @@
-"""What an image is made from, and nothing is left out: the same origin gives the same image, at any time.
+"""What an image is made from, and nothing is left out: the same recipe gives the same image, at any time.
 
-An image's key is a hash of its origin and of the versions of all that reaches its bytes. The index keeps the
-origin of every image, so that a blob that was lost or collected can be made again years later. What can't be
-told from an origin is whether its source still has that revision; see `ImageBuilder.remake`.
+A recipe is data. It can be written down as JSON and read back, on this machine or another one, and carried
+out there. An image's key is a hash of its recipe and of the versions of all that reaches its bytes. The index
+keeps the recipe of every image, so that a blob that was lost or collected can be made again years later. What
+a recipe can't tell is whether its source still has that revision; see `Images.remake`.
 """
 
 from dataclasses import dataclass, field
+from typing import Self
+
+import msgspec
 
 from chandlery.image.name import ImageRequest
 from chandlery.layers.archive import ARCHIVE_VERSION
@@ -27,7 +31,7 @@ class BuildOptions:
     root_layer: RootLayerOptions = field(default_factory=RootLayerOptions)
 
     def key_parts(self) -> list[str]:
-        """Give everything that an image's bytes depend on beside its packages."""
+        """Return everything that an image's bytes depend on beside its packages."""
         return [
             str(self.max_layers),
             COMPRESSIONS[self.compression].fingerprint,
@@ -41,7 +45,7 @@ class BuildOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageOrigin:
+class Recipe:
     """Where the packages come from, which of them, and how the image is made of them.
 
     `popularity` is the identity of the table that its layers are planned with; it is empty for none.
@@ -54,7 +58,7 @@ class ImageOrigin:
 
     @property
     def key(self) -> str:
-        """The image's key in the build index; the tag that was asked for is no part of it."""
+        """The image's key in the index, 64 hexadecimal digits; the tag that was asked for isn't in it."""
         pin, request = self.pin, self.request
         return Digest.of_parts(
             [
@@ -72,3 +76,15 @@ class ImageOrigin:
     def title(self) -> str:
         """What people call the image: its name, and for which platform it is."""
         return f"{self.request.name} for {self.request.platform}"
+
+    def to_json(self) -> bytes:
+        """Return the recipe as JSON, all of it."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Read a recipe that `to_json` wrote; `ValueError` says what is wrong with another."""
+        try:
+            return msgspec.json.decode(content, type=cls)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it is not UTF-8: {error}") from error

@@ -12,7 +12,7 @@ import structlog
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.index import ResolutionRecords
 from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
 from chandlery.nix.nix import Nix, Resolution
 from chandlery.nix.pinned_source import PinnedSource
@@ -53,7 +53,7 @@ def nearest(name: str, names: Sequence[str], similar_enough: float = _SIMILAR_EN
 class PackageResolver:
     """Resolves in any pinned source, for any system (`x86_64-linux`)."""
 
-    def __init__(self, nix: Nix, index: BuildIndex, metrics: Metrics | None = None) -> None:
+    def __init__(self, nix: Nix, index: ResolutionRecords, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
         self._nix = nix
         self._index = index
@@ -69,7 +69,7 @@ class PackageResolver:
         pin_key = Digest.of_parts([_DERIVATIONS_VERSION, *pin.key_parts, system]).hex
         known: dict[str, Resolution] = {}
         if remembered:
-            records = self._index.resolutions(pin_key, attribute_paths)
+            records = await self._index.resolutions(pin_key, attribute_paths)
             known = {path: msgspec.json.decode(record, type=Resolution) for path, record in records.items()}
         unknown = [path for path in attribute_paths if path not in known]
         self._metrics.looked_up("resolution", hits=len(known), misses=len(unknown))
@@ -85,7 +85,7 @@ class PackageResolver:
                 {path: {"reason": each.status, "message": each.message} for path, each in refused.items()}
             )
         records = {path: msgspec.json.encode(answer) for path, answer in answers.items()}
-        await asyncio.to_thread(self._index.remember_resolutions, pin_key, records)
+        await self._index.remember_resolutions(pin_key, records)
         return known | answers
 
     async def _suggestions(

@@ -20,7 +20,7 @@ from chandlery.nix.nix import Nix
 from chandlery.oci import layout as image_output
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, ManifestFormat
-from chandlery.server.parts import image_builder, open_parts, vocabulary
+from chandlery.server.parts import open_images, open_parts, vocabulary
 from chandlery.settings.settings import Settings
 from chandlery.storage.blob_store import BlobStore, content_md5, content_of, local_files
 from chandlery.telemetry import logs
@@ -156,25 +156,25 @@ class _Built:
 async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> _Built:
     async with open_parts(settings) as parts:
         with TemporaryFolder(settings.data_dir / "tmp") as temporary:
-            contents = [await _store_path(parts.nix, text, temporary.path) for text in wanted.contents]
+            contents = [await _store_path(parts.stores.nix, text, temporary.path) for text in wanted.contents]
             root_layer = RootLayerOptions(*wanted.owner, tuple(contents), wanted.extra_commands)
             # Nobody renews pins in the background here, so whoever waits waits for that too.
             await parts.sources.refresh(request.source)
-            async with image_builder(settings, parts, root_layer) as builder:
-                image = await builder.image(request)
-                builds = builder.queue.builds()
+            async with open_images(settings, parts, root_layer) as images:
+                image = await images.image(request)
+                builds = images.queue.builds()
         tag = wanted.tag or image.manifests[ManifestFormat.OCI].digest.hex[:32]
         reference = f"{wanted.name}:{tag}"
         manifest = image.manifests[ManifestFormat.OCI]
         if wanted.output is not None:
             needed = (manifest, image.config, *(layer.descriptor for layer in image.layers))
-            async with local_files(parts.blobs, [each.digest for each in needed]) as files:
+            async with local_files(parts.stores.blobs, [each.digest for each in needed]) as files:
                 image_output.write(image, request.platform, reference, files, wanted.output)
         described = [image.config, *(layer.descriptor for layer in image.layers)] if wanted.md5 else []
-        md5 = {each.digest: await content_md5(parts.blobs, each.digest) for each in described}
-        content = await content_of(parts.blobs, manifest.digest)
+        md5 = {each.digest: await content_md5(parts.stores.blobs, each.digest) for each in described}
+        content = await content_of(parts.stores.blobs, manifest.digest)
         timings = [time for build in builds for time in build.timings.times()] if wanted.timings else None
-        return _Built(reference, image, parts.blobs, content, md5, timings)
+        return _Built(reference, image, parts.stores.blobs, content, md5, timings)
 
 
 async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:

@@ -16,7 +16,7 @@ from chandlery.maintenance.garbage_collector import Collected, DiskLimits, Garba
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.maintenance.scrub import Finding, Scrub
 from chandlery.maintenance.status import DataFolderStatus, examine
-from chandlery.server.parts import image_builder, open_parts
+from chandlery.server.parts import open_images, open_parts
 from chandlery.settings.settings import Settings
 from chandlery.telemetry import logs
 
@@ -81,11 +81,11 @@ async def _scrub(settings: Settings, *, repair: bool) -> bool:
     """Scrub, print what was found, and tell whether everything is well now."""
     async with (
         open_parts(settings) as parts,
-        image_builder(settings, parts) as builder,
-        parts.leases.lease() as lease,
+        open_images(settings, parts) as images,
+        parts.stores.leases.lease() as lease,
     ):
-        repaired = RepairedBlobs(parts.blobs, parts.index, builder, lease, hold=None)
-        checks = Scrub(parts.blobs, parts.index, repaired)
+        repaired = RepairedBlobs(parts.stores, images, lease)
+        checks = Scrub(parts.stores, repaired)
         findings = [finding async for finding in checks.findings(repair=repair)]
     unrepaired = [finding for finding in findings if finding.error]
     if findings:
@@ -100,7 +100,7 @@ async def _scrub(settings: Settings, *, repair: bool) -> bool:
 async def _collect(settings: Settings, *, dry_run: bool) -> Collected:
     async with open_parts(settings) as parts:
         limits = DiskLimits(settings.disk_limit, settings.gc_grace)
-        collector = GarbageCollector(parts.blobs, parts.index, parts.leases, parts.nix, limits)
+        collector = GarbageCollector(parts.stores, limits)
         return await collector.collect(dry_run=dry_run)
 
 

@@ -194,19 +194,22 @@ async def _image(settings: Settings, packages: Sequence[str], chosen: Popularity
             popularity = read_popularity(Path(pin.popularity))
         else:
             popularity = parts.popularity if chosen is None else chosen
-        resolver = PackageResolver(parts.nix, parts.index)
+        stores = parts.stores
+        resolver = PackageResolver(stores.nix, stores.index)
         found = await resolver.resolve(pin, request.platform.nix_system, request.all_packages)
         with TemporaryFolder(settings.data_dir / "tmp") as temporary:
             derivations = [each.derivation for each in found.values()]
-            await parts.nix.realise(derivations, temporary.path / "roots", temporary.path / "log")
-            closure = await parts.nix.closure(each.store_path for each in found.values())
+            roots, build_log = temporary.path / "roots", temporary.path / "log"
+            await stores.nix.realise(derivations, roots, build_log, own=pin.builders_are_own)
+            closure = await stores.nix.closure(each.store_path for each in found.values())
         compression = COMPRESSIONS[settings.compression]
         known = {}
         for each in STRATEGIES.values():
             budget = min(settings.max_layers - 1, MOST_STORE_PATH_LAYERS)
             for group in each(closure, popularity, budget):
-                layer = parts.index.layer(layer_key(group.store_paths, compression))
-                known[group.store_paths] = layer.descriptor.size if layer else 0
+                key = layer_key(group.store_paths, compression)
+                packed = await stores.index.layers([key])
+                known[group.store_paths] = packed[key].descriptor.size if key in packed else 0
         return PlannedImage(closure, popularity, lambda group: known.get(group.store_paths))
 
 

@@ -161,7 +161,7 @@ async def _check(settings: Settings, copy: CertificateCopy | None) -> Popularity
         access_control(settings)
         if copy:
             await asyncio.to_thread(copy.update)
-        await parts.nix.check_build()
+        await parts.stores.nix.check_build()
         await parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0])
         return parts.popularity
 

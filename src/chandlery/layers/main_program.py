@@ -1,10 +1,15 @@
 """Which program an image of one package starts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from chandlery.layers.store_reader import Layout, Reader, follow, join
 from chandlery.nix.closure import Closure, StorePath
+
+if TYPE_CHECKING:  # worker processes import this module, and start at once because they import little
+    from chandlery.image.name import ImageRequest
+    from chandlery.nix.evaluation import Resolution
 
 _PROGRAM_FOLDERS = {
     Layout.STORE: (b"bin",),
@@ -19,6 +24,14 @@ class MainPackage:
     store_path: StorePath
     name: str
     main_program: str | None
+
+
+def main_package(request: "ImageRequest", resolutions: Mapping[str, "Resolution"]) -> MainPackage | None:
+    """Return the package whose program an image starts: the one that was asked for, if it is only one."""
+    if len(request.packages) != 1:
+        return None
+    resolution = resolutions[request.packages[0]]
+    return MainPackage(resolution.store_path, resolution.pname, resolution.main_program)
 
 
 def main_program_of(reader: Reader, closure: Closure, main: MainPackage) -> str | None:

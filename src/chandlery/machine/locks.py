@@ -72,3 +72,17 @@ def try_lock(descriptor: int, operation: int = fcntl.LOCK_EX) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def open_locked(file: Path) -> int | None:
+    """Open a file, which is made if it isn't there, and take its lock; None if it is locked already."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if try_lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_locked(descriptor: int) -> bool:
+    """Return whether another process has the lock of an open file; if none has, it is shared from now on."""
+    return not try_lock(descriptor, fcntl.LOCK_SH)

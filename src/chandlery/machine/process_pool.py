@@ -36,7 +36,7 @@ class _EndedError(Exception):
         self.number = number
 
 
-class PackingProcesses:
+class ProcessPool:
     """At most `count` processes; enter it to use it, and leave it to end them."""
 
     def __init__(self, count: int) -> None:

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import structlog
 
-from chandlery.builds.images import ImageBuilder
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.images import Images
+from chandlery.builds.stores import Stores
 from chandlery.machine.locks import on_duty
 from chandlery.maintenance.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.maintenance.run_marker import RunMarker
 from chandlery.maintenance.scrub import Scrub, written_since
-from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest
 from chandlery.settings.settings import Settings
 from chandlery.storage.blob_store import BlobStore
-from chandlery.storage.leases import Leases
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -33,15 +31,9 @@ Work = Callable[[], Awaitable[None]]
 
 
 @asynccontextmanager
-async def maintained(
-    settings: Settings,
-    blobs: BlobStore,
-    index: BuildIndex,
-    leases: Leases,
-    nix: Nix,
-    builder: ImageBuilder,
-) -> AsyncIterator[RepairedBlobs]:
-    """Check, repair and collect in the background; give the blobs as clients get them."""
+async def maintained(settings: Settings, stores: Stores, images: Images) -> AsyncIterator[RepairedBlobs]:
+    """Check, repair and collect in the background; the body gets the blobs as clients get them."""
+    blobs = stores.blobs
     marker = RunMarker(settings.data_dir)
     since = marker.begin()
     in_doubt = set[Digest]()
@@ -50,14 +42,14 @@ async def maintained(
         in_doubt = await written_since(blobs, since)
         log.warning("the last server was killed: its blobs are checked", blobs=len(in_doubt))
     limits = DiskLimits(settings.disk_limit, settings.gc_grace)
-    collector = GarbageCollector(blobs, index, leases, nix, limits)
-    async with leases.lease() as lease:
-        repaired = RepairedBlobs(blobs, index, builder, lease, settings.hold, in_doubt)
-        scrub = Scrub(blobs, index, repaired)
+    collector = GarbageCollector(stores, limits)
+    async with stores.leases.lease() as lease:
+        repaired = RepairedBlobs(stores, images, lease, in_doubt)
+        scrub = Scrub(stores, repaired)
         works: list[Work] = [
             lambda: _check(scrub, marker, settings, _scrub_rate(settings, blobs)),
             lambda: collector.run(settings.collect_interval),
-            lambda: _take_over(builder),
+            lambda: _take_over(images),
         ]
         async with by_one(settings.data_dir / "maintenance.lock", works):
             yield repaired
@@ -105,9 +97,9 @@ async def _check(scrub: Scrub, marker: RunMarker, settings: Settings, rate: int)
         await scrub.run(settings.scrub_interval, rate)
 
 
-async def _take_over(builder: ImageBuilder) -> None:
-    while not builder.queue.stopping:
-        await builder.take_over()
+async def _take_over(images: Images) -> None:
+    while not images.queue.stopping:
+        await images.take_over()
         await asyncio.sleep(_TAKE_OVER_INTERVAL)
 
 

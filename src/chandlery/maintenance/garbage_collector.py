@@ -10,7 +10,7 @@ When both together take more than the limit, this goes, until they take nine ten
 4. the rest of what can go of Nix's store;
 5. images within the grace time, down to a tenth of it, but only if still more than twice the limit is taken.
 
-Nothing is lost by it: an image that was collected is made again from its origin for whoever asks for it, by
+Nothing is lost by it: an image that was collected is made again from its recipe when a client asks for it, by
 name or by digest. An image is forgotten before its blobs are deleted; a crash in between leaves blobs that
 nobody needs. How a blob is kept that somebody has just begun to count on is told in `leases`.
 
@@ -25,12 +25,11 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from chandlery.builds.index import BuildIndex, RecordedImage
+from chandlery.builds.index import CollectorRecords, RecordedImage
+from chandlery.builds.stores import Stores
 from chandlery.errors import ChandleryError
-from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest
-from chandlery.storage.blob_store import BlobInfo, BlobStore
-from chandlery.storage.leases import Leases
+from chandlery.storage.blob_store import BlobInfo
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -46,7 +45,7 @@ _USE_SHARE = 0.02
 _USE_INTERVAL = 60.0
 
 # Images that were collected and can still be made again for who asks for one of their digests.
-_REMEMBERED_ORIGINS = 10_000
+_REMEMBERED_RECIPES = 10_000
 
 # Blobs that are deleted at a time: meanwhile no lease can be taken.
 _BATCH = 64
@@ -94,13 +93,9 @@ class Collected:
 class GarbageCollector:
     """Collects garbage in a data folder that other processes may use at the same time."""
 
-    def __init__(
-        self, blobs: BlobStore, index: BuildIndex, leases: Leases, nix: Nix, limits: DiskLimits
-    ) -> None:
-        self._blobs = blobs
-        self._index = index
-        self._leases = leases
-        self._nix = nix
+    def __init__(self, stores: Stores, limits: DiskLimits) -> None:
+        self._blobs, self._leases, self._nix = stores.blobs, stores.leases, stores.nix
+        self._index: CollectorRecords = stores.index
         self._limits = limits
 
     async def run(self, interval: float) -> None:
@@ -121,8 +116,8 @@ class GarbageCollector:
         nix = sum((await self._nix_sizes()).values())
         done = Collected(self._limits.size, sum(info.size for info in inventory.values()), nix)
         if done.limit and done.size > done.limit:
-            images = deque(await asyncio.to_thread(self._index.least_recently_used) if local else ())
-            references = await asyncio.to_thread(self._index.references)
+            images = deque(await self._index.least_recently_used() if local else ())
+            references = await self._index.references()
             await self._collect(_Run(dry_run, inventory, images, references, done))
             log.info(
                 "garbage collected",
@@ -143,7 +138,7 @@ class GarbageCollector:
         """Remove what dead processes left, and what has been remembered long enough."""
         await self._blobs.sweep()
         await self._leases.sweep()
-        await asyncio.to_thread(self._index.forget_origins, _REMEMBERED_ORIGINS)
+        await self._index.forget_recipes(_REMEMBERED_RECIPES)
 
     async def _collect(self, run: "_Run") -> None:
         now, grace, limit = time.time(), self._limits.grace, run.done.limit
@@ -183,8 +178,8 @@ class GarbageCollector:
         """Forget the least recently used images, and delete the blobs that only they need."""
         while run.images and run.done.excess > 0 and run.images[0].last_used < used_before:
             image = run.images.popleft()
-            if run.dry or await asyncio.to_thread(self._index.forget_image, image.key, used_before):
-                blobs = await asyncio.to_thread(self._index.blobs_of, image.key)
+            if run.dry or await self._index.forget_image(image.key, used_before):
+                blobs = await self._index.blobs_of(image.key)
                 run.references.subtract(list(blobs))
                 await self._delete(run, [digest for digest in blobs if not run.references[digest]])
                 run.done.images.append(image)
@@ -197,11 +192,11 @@ class GarbageCollector:
             async with self._leases.locked():
                 # In this order, see `leases`: a build gives its lease back when the index has its image.
                 leased = self._leases.leased()
-                needed = await asyncio.to_thread(self._index.needed, digests)
+                needed = await self._index.needed(digests)
                 unneeded = set(digests) - leased - needed
                 for digest in sorted(unneeded):
                     await self._blobs.delete(digest)
-            await asyncio.to_thread(self._index.forget_layers, unneeded)
+            await self._index.forget_layers(unneeded)
         run.done.freed_blobs += sum(run.inventory[each].size for each in unneeded if each in run.inventory)
         return len(unneeded)
 

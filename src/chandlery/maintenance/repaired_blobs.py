@@ -16,10 +16,12 @@ from pathlib import Path
 import structlog
 
 from chandlery.builds.build_queue import SELF_REPAIR
-from chandlery.builds.images import ImageBuilder
-from chandlery.builds.index import BuildIndex, RecordedBlob
-from chandlery.builds.recipe import ImageOrigin
+from chandlery.builds.images import Images
+from chandlery.builds.index import BlobRecords, RecordedBlob
+from chandlery.builds.recipe import Recipe
+from chandlery.builds.stores import Stores
 from chandlery.errors import BlobNotFoundError, ChandleryError, StorageError, TryAgainError
+from chandlery.machine.deadline import NO_DEADLINE, Deadline
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_INDEX
 from chandlery.storage.blob_store import BlobInfo, BlobStore, is_intact
@@ -29,7 +31,7 @@ from chandlery.storage.leases import Lease
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # How many images are tried that need the same blob.
-_ORIGINS = 3
+_RECIPES = 3
 # How often an image is made again for one blob.
 _ATTEMPTS = 3
 
@@ -40,45 +42,38 @@ _MOST_RECENT = 50_000
 
 
 class RepairedBlobs:
-    """The reading half of a blob store (`BlobSource`), with repair.
+    """Blobs as the API serves them (`registry.api.ServedBlobs`).
 
-    A request waits for a repair at most `hold` seconds. Blobs `in_doubt` have their digest checked before
-    they are given; whoever finds one whole takes it out.
+    Blobs `in_doubt` have their digest checked before they are served; whoever finds one whole takes it out.
     """
 
-    def __init__(
-        self,
-        blobs: BlobStore,
-        index: BuildIndex,
-        builder: ImageBuilder,
-        lease: Lease,
-        hold: float | None,
-        in_doubt: Iterable[Digest] = (),
-    ) -> None:
+    def __init__(self, stores: Stores, images: Images, lease: Lease, in_doubt: Iterable[Digest] = ()) -> None:
         self.in_doubt = set(in_doubt)
-        self._blobs = blobs
-        self._index = index
-        self._builder = builder
+        self._blobs: BlobStore = stores.blobs
+        self._index: BlobRecords = stores.index
+        self._use_interval = stores.index.use_interval
+        self._image_index = stores.index.image_index
+        self._images = images
         self._lease = lease
-        self._hold = hold
         self._recent: dict[Digest, tuple[float, RecordedBlob]] = {}
         self._leased: dict[Digest, asyncio.TimerHandle] = {}
 
-    async def stat(self, digest: Digest) -> BlobInfo | None:
-        """Give what is known of a blob when it is there and whole; None if nobody ever heard of it.
+    async def obtain(self, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+        """Return what is known of a blob that is there and whole, made again if need be.
 
-        A manifest is whole if its image is. Raises `BuildPendingError` while it is made again, and
-        `BlobNotFoundError` with the reason if it can't be.
+        None means that no image ever needed it. A manifest is whole if its image is. Raises
+        `BuildPendingError` at the deadline, when it is still being made again, and `BlobNotFoundError` with
+        the reason if it can't be.
         """
         recorded = await self._in_use(digest)
         if recorded is None or not recorded.kept:
             await self._lease_for_a_moment(digest)
         info = await self._sound(digest, recorded)
         if recorded is None:
-            return info or await self._image_index(digest)
-        if info is not None and (not recorded.is_manifest or await self._builder.known(recorded.key)):
+            return info or await self._put_image_index(digest)
+        if info is not None and (not recorded.is_manifest or await self._images.is_known(recorded.key)):
             return info
-        return await self.repair(digest, self._hold)
+        return await self.repair(digest, deadline)
 
     def path(self, digest: Digest) -> Path | None:
         """See `BlobStore`."""
@@ -92,33 +87,29 @@ class RepairedBlobs:
         """See `BlobStore`."""
         return self._blobs.read(digest, byte_range)
 
-    async def repair(self, digest: Digest, timeout: float | None = None) -> BlobInfo:
-        """Make a blob again that is not there; see `stat`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+    async def repair(self, digest: Digest, deadline: Deadline = NO_DEADLINE) -> BlobInfo:
+        """Make a blob again that is not there; see `obtain`."""
         reasons = []
-        for origin in await asyncio.to_thread(self._index.origins, digest, _ORIGINS):
+        for recipe in await self._index.recipes(digest, _RECIPES):
             try:
-                info = await self._made_again(digest, origin, deadline)
+                info = await self._made_again(digest, recipe, deadline)
             except (TryAgainError, StorageError):
                 raise
             except ChandleryError as error:
                 reasons.append(str(error))
                 continue
             if info is not None:
-                log.info("blob made again", digest=str(digest), bytes=info.size, image=origin.title)
+                log.info("blob made again", digest=str(digest), bytes=info.size, image=recipe.title)
                 return info
-            reasons.append(f"{origin.title} was made again, and is another image now")
+            reasons.append(f"{recipe.title} was made again, and is another image now")
         reason = "; ".join(dict.fromkeys(reasons)) or "no image is known that needs it"
         log.error("a blob can't be made again", digest=str(digest), reason=reason)
         raise BlobNotFoundError(str(digest), reason)
 
-    async def _made_again(
-        self, digest: Digest, origin: ImageOrigin, deadline: float | None
-    ) -> BlobInfo | None:
+    async def _made_again(self, digest: Digest, recipe: Recipe, deadline: Deadline) -> BlobInfo | None:
         """Make an image again; give what is known of a blob of it, None if it isn't one of its blobs now."""
         for _ in range(_ATTEMPTS):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            image = await self._builder.remake(origin, SELF_REPAIR, left)
+            image = await self._images.remake(recipe, SELF_REPAIR, deadline)
             info = await self._blobs.stat(digest)
             if info is not None or digest not in {each.digest for each in image.descriptors}:
                 return info
@@ -134,12 +125,12 @@ class RepairedBlobs:
     async def _in_use(self, digest: Digest) -> RecordedBlob | None:
         """Give what the index knows of a blob, and note that an image is in use."""
         seen_at, recorded = self._recent.get(digest, (0.0, None))
-        if recorded is not None and time.monotonic() - seen_at < self._index.use_interval:
+        if recorded is not None and time.monotonic() - seen_at < self._use_interval:
             return recorded
-        recorded = self._index.blob(digest)
+        recorded = await self._index.blob(digest)
         if recorded is None or not recorded.kept:
             return recorded
-        if not await asyncio.to_thread(self._index.remember_use, recorded.key):
+        if not await self._index.remember_use(recorded.key):
             return RecordedBlob(recorded.key, recorded.size, recorded.is_manifest, kept=False)
         if len(self._recent) >= _MOST_RECENT:
             self._recent.clear()
@@ -167,9 +158,9 @@ class RepairedBlobs:
             self.in_doubt.discard(digest)
         return info
 
-    async def _image_index(self, digest: Digest) -> BlobInfo | None:
+    async def _put_image_index(self, digest: Digest) -> BlobInfo | None:
         """Put an OCI index again that was collected: no image needs it, and it is small."""
-        content = await asyncio.to_thread(self._index.image_index, digest)
+        content = await self._image_index(digest)
         if content is None:
             return None
         await self._lease.take(digest)

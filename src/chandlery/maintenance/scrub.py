@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import structlog
 
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.stores import Stores
 from chandlery.errors import BlobNotFoundError, ChandleryError
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.oci.digest import Digest
@@ -53,14 +53,13 @@ async def written_since(blobs: BlobStore, since: float) -> set[Digest]:
 
 
 class Scrub:
-    """Checks a blob store against itself and against the index; `repaired` makes again what it can.
+    """Checks blobs against their digests and against the index; `repaired` makes again what it can.
 
     `blobs` and `bytes` count what has been checked.
     """
 
-    def __init__(self, blobs: BlobStore, index: BuildIndex, repaired: RepairedBlobs) -> None:
-        self._blobs = blobs
-        self._index = index
+    def __init__(self, stores: Stores, repaired: RepairedBlobs) -> None:
+        self._blobs, self._index = stores.blobs, stores.index
         self._repaired = repaired
         self.blobs = 0
         self.bytes = 0
@@ -79,7 +78,7 @@ class Scrub:
             if damage is not None:
                 yield damage
         for digest in sorted(images.keys() - inventory.keys()):
-            if not await asyncio.to_thread(self._index.needed, [digest]):
+            if not await self._index.needed([digest]):
                 continue  # collected meanwhile
             # It may have been made again with another blob of its image.
             error = ""
@@ -108,8 +107,8 @@ class Scrub:
     async def _images_by_blob(self) -> dict[Digest, str]:
         """Give for every blob that is needed the name of an image that needs it."""
         images: dict[Digest, str] = {}
-        for image in await asyncio.to_thread(self._index.least_recently_used):
-            for digest in await asyncio.to_thread(self._index.blobs_of, image.key):
+        for image in await self._index.least_recently_used():
+            for digest in await self._index.blobs_of(image.key):
                 images[digest] = image.name
         return images
 
@@ -126,7 +125,7 @@ class Scrub:
         if repair:
             await self._repaired.discard(digest, "its content has another digest")
             # One that only collected images needed is made again when somebody asks for it.
-            collected = not image and self._index.blob(digest) is not None
+            collected = not image and await self._index.blob(digest) is not None
             error = "" if collected else await self._repair(digest)
         return Finding(digest, Problem.DAMAGED, image, error)
 

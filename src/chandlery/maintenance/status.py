@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from chandlery.builds import index as build_index
-from chandlery.builds.index import IndexCounts
+from chandlery.builds import sqlite_index
+from chandlery.builds.sqlite_index import IndexCounts
 from chandlery.maintenance.run_marker import RunMarker
 
 # What stat(2) counts in, whatever blocks the file system has.
@@ -93,7 +93,7 @@ def examine(folder: Path) -> DataFolderStatus:
         parts.append(Part(name, size, sum(1 for _ in members(folder)), what))
     size, number = survey.measure(_OTHER, sorted(left))
     parts.append(Part(_OTHER, size, number, "files"))
-    counts = build_index.count(folder)
+    counts = sqlite_index.count(folder)
     runs = RunMarker(folder).is_held()
     return DataFolderStatus(tuple(parts), counts, tuple(_kept_twice(folder, survey)), runs, survey.unreadable)
 

@@ -98,7 +98,7 @@ class PackageSet:
         }
         overlays = [_resolved(path) for path in described.get("overlays", ())]
         self.location = source.location
-        self.purpose = Purpose.PURELY_EVALUATE if source.kind == "flake" else Purpose.EVALUATE
+        self.purpose = Purpose.PURELY_EVALUATE if source.is_pure else Purpose.EVALUATE
         self._described = {**described, **files, "overlays": overlays}
         self._system = system
         readable = {f"overlay-{number}": path for number, path in enumerate(overlays)}

@@ -40,6 +40,21 @@ class PinnedSource:
     stale: str = field(default="", compare=False, hash=False, kw_only=True)
 
     @property
+    def text(self) -> str:
+        """The source as the settings write it."""
+        return f"{self.kind}!{self.location}"
+
+    @property
+    def builders_are_own(self) -> bool:
+        """Whether its builders are Chandlery's own, so that they may see what they need of this machine."""
+        return self.kind == "debian"
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether it is evaluated purely, from the Nix store, and reads no file that isn't there."""
+        return self.kind == "flake"
+
+    @property
     def tag(self) -> str:
         """The tag that always means this revision."""
         return self.revision[:REVISION_TAG_LENGTH]
@@ -65,5 +80,5 @@ class PinnedSource:
     def to_nix(self) -> dict[str, Any]:
         """Give the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
         if self.nix is None:
-            raise RevisionGoneError(f"{self.kind}!{self.location}", self.tag)
+            raise RevisionGoneError(self.text, self.tag)
         return {"kind": self.kind, "location": self.location, **self.nix}

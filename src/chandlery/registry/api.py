@@ -1,6 +1,6 @@
 """The OCI distribution API at /v2: parse the request, nothing else.
 
-Images come from an `ImageSource`, blobs from a `BlobSource`. Every answer under /v2 that is no success has an
+Images come from an `ImageSource`, blobs from `ServedBlobs`. Every answer under /v2 that is no success has an
 OCI error body, which `endpoint` makes. Which test shows each requirement of distribution-spec is told in
 docs/conformance.md.
 """
@@ -31,6 +31,7 @@ from chandlery.errors import (
 )
 from chandlery.image import name as image_name
 from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.machine.deadline import Deadline
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     DOCKER_MANIFEST,
@@ -44,10 +45,10 @@ from chandlery.registry.endpoint import Endpoint, RefusedError, error_response
 from chandlery.registry.lru_cache import BoundedMemory
 from chandlery.registry.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
 from chandlery.registry.ranges import Multipart, UnsatisfiableRangeError
-from chandlery.registry.response_cache import LastingResponse
+from chandlery.registry.response_cache import CachedResponse
 from chandlery.registry.token_endpoint import TokenEndpoint
 from chandlery.registry.waiting import WaitPolicy
-from chandlery.storage.blob_store import BlobSource, content_of
+from chandlery.storage.blob_store import BlobInfo, BlobReader, content_of
 from chandlery.storage.byte_range import ByteRange
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -84,17 +85,17 @@ _DEFAULT_ACCESS = Access()
 class ImageSource(Protocol):
     """Where images come from; every method may raise any `ChandleryError`."""
 
-    async def pull(self, request: ImageRequest, client: str, timeout: float, *, index: bool) -> Pulled:
-        """Give what a tag names, building it if need be: an image, or an index for who takes one.
+    async def pull(self, request: ImageRequest, client: str, deadline: Deadline, *, index: bool) -> Pulled:
+        """Return what a tag names, building it if need be: an image, or an index if the client takes one.
 
-        Its blobs and manifests are in the blob store. `client` is who asks, for fairness. After `timeout`
-        seconds `BuildPendingError` is raised, and the build goes on. Cancelling the call must not stop a
-        build that somebody else waits for.
+        Its blobs and manifests are in the blob store. `client` is for fairness. At the deadline
+        `BuildPendingError` is raised, and the build goes on. Cancelling the call must not stop a build that
+        another client waits for.
         """
         ...
 
     async def tags(self, request: ImageRequest) -> Sequence[str]:
-        """Give the tags of an image, in any order; the request's reference means nothing here."""
+        """Return the tags of an image, in any order; the request's reference means nothing here."""
         ...
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:
@@ -102,8 +103,8 @@ class ImageSource(Protocol):
         ...
 
     @property
-    def moment(self) -> float:
-        """For how many seconds nobody need look again whether blobs are there that are only described."""
+    def max_age(self) -> float:
+        """For how many seconds blobs that are only described need not be looked at again."""
         ...
 
     async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
@@ -112,6 +113,33 @@ class ImageSource(Protocol):
         It builds nothing, and may raise any `ChandleryError`.
         """
         ...
+
+
+class ServedBlobs(BlobReader, Protocol):
+    """Where blobs come from."""
+
+    async def obtain(self, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+        """Return what is known of a blob that is there and whole, made again if it was lost.
+
+        None means that no image ever needed it. Raises `BuildPendingError` at the deadline, when it is still
+        being made again, and `BlobNotFoundError` with the reason if it can't be.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What a request for a manifest comes to.
+
+    `check` tells whether the same request would come to the same, within `max_age` seconds for sure; without
+    it each request is looked into.
+    """
+
+    descriptor: Descriptor
+    content: bytes
+    headers: Mapping[str, str]
+    check: Callable[[], Awaitable[bool]] | None
+    max_age: float
 
 
 class _ManifestKind(msgspec.Struct, rename="camel"):
@@ -137,7 +165,7 @@ register_url_convertor("rest", _RestConvertor())
 
 
 def routes(
-    images: ImageSource, blobs: BlobSource, vocabulary: Vocabulary, access: Access = _DEFAULT_ACCESS
+    images: ImageSource, blobs: ServedBlobs, vocabulary: Vocabulary, access: Access = _DEFAULT_ACCESS
 ) -> list[Route]:
     """Give the routes of /v2; `vocabulary` is that of image names."""
     api = _RegistryAPI(images, blobs, vocabulary, access)
@@ -167,7 +195,7 @@ class _RegistryAPI:
     """The handlers, in the order of distribution-spec's table of endpoints."""
 
     def __init__(
-        self, images: ImageSource, blobs: BlobSource, vocabulary: Vocabulary, access: Access
+        self, images: ImageSource, blobs: ServedBlobs, vocabulary: Vocabulary, access: Access
     ) -> None:
         self._images = images
         self._blobs = blobs
@@ -185,9 +213,10 @@ class _RegistryAPI:
 
     async def blob(self, request: Request) -> Response:
         """Give a blob or ranges of it (end-2)."""
+        deadline = Deadline.after(self._access.wait.hold)
         wanted = await self._image_request(request)
         digest = Digest.parse(request.path_params["digest"])
-        info = await self._blobs.stat(digest) if await self._may_have(wanted, digest) else None
+        info = await self._obtain(wanted, digest, deadline)
         if info is None:
             raise BlobNotFoundError(str(digest))
         headers = {**_digest_headers(digest), "cache-control": self._for_ever, "accept-ranges": "bytes"}
@@ -212,49 +241,54 @@ class _RegistryAPI:
         return FileResponse(path, headers=headers, media_type=_BLOB_TYPE)
 
     async def manifest(self, request: Request) -> Response:
-        """Give a manifest (end-3): a tag's is built now if need be, a digest's if it was there once."""
+        """Serve a manifest (end-3): a tag's is built now if need be, a digest's if it was there once."""
+        deadline = Deadline.after(self._access.wait.hold)
         reference = request.path_params["reference"]
-        check: Callable[[], Awaitable[bool]] | None
-        if image_name.is_digest(reference):
-            digest = Digest.parse(reference)
-            wanted = await self._image_request(request)
-            try:
-                descriptor, content = await self._manifest_by_digest(wanted, digest)
-            except BuildPendingError as pending:
-                return self._keep_waiting(request, pending)
-            headers = {"cache-control": self._for_ever}
-            check, lifetime = partial(self._is_there, digest), self._images.moment
-        else:
-            wanted = await self._image_request(request, reference)
-            accepted = accepted_formats(request.headers.getlist("accept"))
-            try:
-                pulled = await self._images.pull(
-                    wanted, self._client(request), self._access.wait.hold, index=accepted.index is not None
-                )
-            except BuildPendingError as pending:
-                return self._keep_waiting(request, pending)
-            descriptor = pulled.manifests[accepted.manifest]
-            if accepted.index and pulled.is_index:
-                descriptor = pulled.manifests[accepted.index]
-            content = await self._read(descriptor.digest)
-            # What a tag names may change, and depends on Accept: ask again each time, and get a 304.
-            headers = {"cache-control": "no-cache", "vary": "Accept", **_pull_headers(pulled)}
-            # What a person should know is logged as well, each time.
-            check, lifetime = (None if pulled.warnings else self._check(pulled)), 0.0
-        headers |= _digest_headers(descriptor.digest)
-        _check_wanted(request, descriptor.digest)
-        if is_known(request.headers, descriptor.digest):
+        try:
+            if image_name.is_digest(reference):
+                found = await self._manifest_by_digest(request, Digest.parse(reference), deadline)
+            else:
+                found = await self._manifest_by_tag(request, reference, deadline)
+        except BuildPendingError as pending:
+            return self._keep_waiting(request, pending)
+        digest = found.descriptor.digest
+        headers = {**found.headers, **_digest_headers(digest)}
+        _check_wanted(request, digest)
+        if is_known(request.headers, digest):
             return Response(status_code=304, headers=headers)
-        if self._access.control or check is None:
-            return Response(content, headers=headers, media_type=descriptor.media_type)
-        return LastingResponse(content, headers, descriptor.media_type, check, lifetime)
+        if self._access.control or found.check is None:
+            return Response(found.content, headers=headers, media_type=found.descriptor.media_type)
+        return CachedResponse(found.content, headers, found.descriptor.media_type, found.check, found.max_age)
+
+    async def _manifest_by_digest(self, request: Request, digest: Digest, deadline: Deadline) -> _Manifest:
+        wanted = await self._image_request(request)
+        descriptor, content = await self._described(wanted, digest, deadline)
+        headers = {"cache-control": self._for_ever}
+        check = partial(self._is_there, digest)
+        return _Manifest(descriptor, content, headers, check, self._images.max_age)
+
+    async def _manifest_by_tag(self, request: Request, tag: str, deadline: Deadline) -> _Manifest:
+        wanted = await self._image_request(request, tag)
+        accepted = accepted_formats(request.headers.getlist("accept"))
+        takes_index = accepted.index is not None
+        pulled = await self._images.pull(wanted, self._client(request), deadline, index=takes_index)
+        descriptor = pulled.manifests[accepted.manifest]
+        if accepted.index and pulled.is_index:
+            descriptor = pulled.manifests[accepted.index]
+        content = await self._read(descriptor.digest)
+        # What a tag names may change, and depends on Accept: ask again each time, and get a 304.
+        headers = {"cache-control": "no-cache", "vary": "Accept", **_pull_headers(pulled)}
+        # What a person should know is logged as well, each time.
+        check = None if pulled.warnings else self._check(pulled)
+        return _Manifest(descriptor, content, headers, check, 0.0)
 
     async def _is_there(self, digest: Digest) -> bool:
-        return await self._blobs.stat(digest) is not None
+        deadline = Deadline.after(self._access.wait.hold)
+        return await self._blobs.obtain(digest, deadline) is not None
 
     def _check(self, pulled: Pulled) -> Callable[[], Awaitable[bool]]:
         """Make what tells whether a tag still means what was pulled; its blobs are looked at now and then."""
-        whole_until = time.monotonic() + self._images.moment
+        whole_until = time.monotonic() + self._images.max_age
 
         async def check() -> bool:
             nonlocal whole_until
@@ -262,7 +296,7 @@ class _RegistryAPI:
             whole = now >= whole_until
             current = await self._images.is_current(pulled, whole=whole)
             if whole:
-                whole_until = now + self._images.moment
+                whole_until = now + self._images.max_age
             return current
 
         return check
@@ -328,11 +362,19 @@ class _RegistryAPI:
         control = self._access.control
         return control is None or not control.restricts or await self._images.needs(wanted, digest)
 
-    async def _manifest_by_digest(self, wanted: ImageRequest, digest: Digest) -> tuple[Descriptor, bytes]:
+    async def _obtain(self, wanted: ImageRequest, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+        """Return what is known of a blob, if who may have the image may have it."""
+        if not await self._may_have(wanted, digest):
+            return None
+        return await self._blobs.obtain(digest, deadline)
+
+    async def _described(
+        self, wanted: ImageRequest, digest: Digest, deadline: Deadline
+    ) -> tuple[Descriptor, bytes]:
         """Read a manifest, and be sure that it is one: the blob store also holds layers and configs."""
         name = wanted.name
         try:
-            info = await self._blobs.stat(digest) if await self._may_have(wanted, digest) else None
+            info = await self._obtain(wanted, digest, deadline)
         except BlobNotFoundError as error:
             raise ReferenceNotFoundError(name, str(digest), error.reason) from error
         if info is not None and info.size <= _LARGEST_MANIFEST:

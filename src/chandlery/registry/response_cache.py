@@ -1,6 +1,6 @@
 """Answers that were given a moment ago and still hold, given again without finding out how they come about.
 
-A handler says of a response that it is a `LastingResponse`: whoever sends the same request gets it as long as
+A handler says of a response that it is a `CachedResponse`: whoever sends the same request gets it as long as
 its `check` says so. The same request has the same method, path and query and the same Accept headers, and
 none of those that ask for less, or are for this client alone. Who may ask is not looked at here: a handler
 that looks at it gives no lasting responses.
@@ -50,7 +50,7 @@ _PLACE = "chandlery.prepared_answer"
 _Key = tuple[str, str, bytes, tuple[bytes, ...]]
 
 
-class LastingResponse(Response):
+class CachedResponse(Response):
     """A response for everybody who asks the same, as long as `check` gives True.
 
     For `lifetime` seconds after a check that is taken for granted. A `ChandleryError` of `check` means False.
@@ -81,7 +81,7 @@ class _Answer:
     checking: "asyncio.Task[None] | None" = None
 
 
-class PreparedAnswers:
+class ResponseCache:
     """Gives lasting responses of `app` again; those that were given last take at most `most` bytes."""
 
     def __init__(self, app: ASGIApp, most: int = _MOST) -> None:
@@ -109,7 +109,7 @@ class PreparedAnswers:
 
 def keep(scope: Scope, response: Response) -> None:
     """Keep the response to a request, if it is a lasting one, as it is going to be sent."""
-    if not isinstance(response, LastingResponse) or _PLACE not in scope:
+    if not isinstance(response, CachedResponse) or _PLACE not in scope:
         return
     answers, key = scope[_PLACE]
     headers = tuple(response.raw_headers)

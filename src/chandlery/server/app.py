@@ -1,4 +1,4 @@
-"""Puts the parts together: from settings to a builder, and to the application that a server runs."""
+"""The application that a server runs, put together from its parts."""
 
 import asyncio
 import signal
@@ -18,11 +18,11 @@ from chandlery.image.name import LATEST
 from chandlery.maintenance.background import Work, by_one, in_background, maintained
 from chandlery.plan.popularity import Popularity
 from chandlery.registry.api import Access, routes
-from chandlery.registry.response_cache import PreparedAnswers
+from chandlery.registry.response_cache import ResponseCache
 from chandlery.registry.waiting import WaitPolicy
 from chandlery.server import monitoring
 from chandlery.server.monitoring import Watchers
-from chandlery.server.parts import Parts, access_control, certificate, image_builder, open_parts, vocabulary
+from chandlery.server.parts import Parts, access_control, certificate, open_images, open_parts, vocabulary
 from chandlery.server.readiness import Readiness
 from chandlery.server.request_log import RequestLog
 from chandlery.server.tls import CertificateWatch
@@ -56,7 +56,7 @@ def create_app(
     traces = _traces(settings)
     if traces:
         middleware.append(traces.middleware)
-    middleware.append(Middleware(PreparedAnswers))
+    middleware.append(Middleware(ResponseCache))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -66,25 +66,23 @@ def create_app(
                 control = access_control(settings, shared)
                 if traces:
                     stack.push_async_callback(asyncio.to_thread, traces.close)
-                builder = image_builder(
+                images = open_images(
                     settings, parts, control=control, metrics=metrics, workers=settings.workers
                 )
                 reports = None
                 if shared:
-                    reports = WorkerReports(shared, lambda: monitoring.report(metrics, builder.queue))
+                    reports = WorkerReports(shared, lambda: monitoring.report(metrics, images.queue))
                     stack.callback(reports.publish)
-                await stack.enter_async_context(builder)
+                await stack.enter_async_context(images)
                 if traces:
-                    builder.queue.observers.append(traces.built)
+                    images.queue.observers.append(traces.built)
                 proxies = parse_networks(settings.trusted_proxies)
                 access = Access(WaitPolicy(settings.hold, settings.redirections), proxies, control)
-                blobs = await stack.enter_async_context(
-                    maintained(settings, parts.blobs, parts.index, parts.leases, parts.nix, builder)
-                )
-                app.router.routes.extend(routes(builder, blobs, vocabulary(settings), access))
-                monitoring.count(metrics, builder.queue, settings.data_dir)
+                blobs = await stack.enter_async_context(maintained(settings, parts.stores, images))
+                app.router.routes.extend(routes(images, blobs, vocabulary(settings), access))
+                monitoring.count(metrics, images.queue, settings.data_dir)
                 watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
-                pages = monitoring.routes(metrics, _readiness(parts), builder.queue, watchers, reports)
+                pages = monitoring.routes(metrics, _readiness(parts), images.queue, watchers, reports)
                 app.router.routes.extend(pages)
                 await stack.enter_async_context(in_background(lambda: _keep(parts)))
                 works: list[Work] = [lambda: _refresh(parts)]
@@ -92,7 +90,7 @@ def create_app(
                 watch = CertificateWatch(copy, settings.tls_refresh) if copy else None
                 if watch:
                     works.append(watch.run)
-                _stop_at_sigterm(builder.queue, watch)
+                _stop_at_sigterm(images.queue, watch)
                 await stack.enter_async_context(by_one(shared and shared / "duties.lock", works))
                 if reports:
                     await stack.enter_async_context(in_background(reports.publish_always))
@@ -122,8 +120,8 @@ def _readiness(parts: Parts) -> Readiness:
     """Say what a server needs to make and serve images; the build index isn't among it."""
     return Readiness(
         {
-            "storage": parts.blobs.check,
-            "nix": parts.nix.check,
+            "storage": parts.stores.blobs.check,
+            "nix": parts.stores.nix.check,
             "source": lambda: parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0]),
         }
     )
@@ -159,8 +157,9 @@ def _stop_at_sigterm(queue: BuildQueue, watch: CertificateWatch | None) -> None:
 async def _keep(parts: Parts) -> None:
     """Tell the sources again and again which revisions they should keep."""
     while True:
+        revisions = await parts.stores.index.revisions(_KEPT_REVISIONS)
         for each in parts.sources:
-            each.source.keep(parts.index.revisions(_KEPT_REVISIONS))
+            each.source.keep(revisions)
         await asyncio.sleep(60.0)
 
 

@@ -12,11 +12,12 @@ from chandlery.access.public_address import PublicAddress
 from chandlery.access.tokens import Tokens, load_key
 from chandlery.access.users import Users
 from chandlery.builds.build_queue import QueueLimits
-from chandlery.builds.images import BuildCapacity, ImageBuilder
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.images import BuildCapacity, Images
 from chandlery.builds.pipeline import BuildLimits
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import BuildOptions
+from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.stores import Stores
 from chandlery.errors import InvalidSourceError, SettingsError
 from chandlery.image.name import Vocabulary
 from chandlery.image.profile import SHIPPED
@@ -35,7 +36,6 @@ from chandlery.sources.configured import ConfiguredSource, Sources
 from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.nixpkgs import NixpkgsAddresses
 from chandlery.sources.package_source import SourceOptions
-from chandlery.storage.blob_store import BlobStore
 from chandlery.storage.leases import Leases
 from chandlery.storage.object_store import open_blob_store
 from chandlery.telemetry.metrics import Metrics
@@ -46,10 +46,7 @@ class Parts:
     """What the settings describe, opened."""
 
     sources: Sources
-    nix: Nix
-    blobs: BlobStore
-    index: BuildIndex
-    leases: Leases
+    stores: Stores
     popularity: Popularity
 
 
@@ -67,7 +64,7 @@ async def open_parts(settings: Settings, popularity: Popularity | None = None) -
             settings.storage_options,
             redirects=settings.storage_redirects,
         ) as blobs,
-        BuildIndex(settings.data_dir, use_interval=use_interval(settings.gc_grace)) as index,
+        SqliteIndex(settings.data_dir, use_interval=use_interval(settings.gc_grace)) as index,
         Leases(settings.data_dir) as leases,
     ):
         await nix.check()
@@ -75,7 +72,7 @@ async def open_parts(settings: Settings, popularity: Popularity | None = None) -
             popularity = await configured_popularity(settings)
         sources = open_sources(settings, nix)
         try:
-            yield Parts(sources, nix, blobs, index, leases, popularity)
+            yield Parts(sources, Stores(settings.data_dir, nix, blobs, index, leases), popularity)
         finally:
             await sources.close()
 
@@ -176,15 +173,15 @@ def certificate(settings: Settings) -> CertificateCopy | None:
     return CertificateCopy(settings.tls_certificate, settings.tls_key, settings.data_dir / "tls.pem")
 
 
-def image_builder(
+def open_images(
     settings: Settings,
     parts: Parts,
     root_layer: RootLayerOptions | None = None,
     control: AccessControl | None = None,
     metrics: Metrics | None = None,
     workers: int = 1,
-) -> ImageBuilder:
-    """Make a builder that the caller enters; with several `workers` each has its part of what is allowed."""
+) -> Images:
+    """Return images that the caller enters; with several `workers` each has its part of what is allowed."""
     options = BuildOptions(
         settings.max_layers, settings.compression, settings.layer_strategy, root_layer or RootLayerOptions()
     )
@@ -199,15 +196,4 @@ def image_builder(
         ),
         BuildLimits(settings.max_packages, settings.max_closure_size, settings.min_free_disk),
     )
-    return ImageBuilder(
-        parts.sources,
-        parts.nix,
-        parts.blobs,
-        parts.index,
-        parts.leases,
-        settings.data_dir,
-        options,
-        capacity,
-        metrics,
-        parts.popularity,
-    )
+    return Images(parts.sources, parts.stores, options, capacity, metrics, parts.popularity)

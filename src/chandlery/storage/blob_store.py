@@ -27,12 +27,8 @@ class BlobInfo:
     written_at: float = field(default=0.0, compare=False)
 
 
-class BlobSource(Protocol):
+class BlobReader(Protocol):
     """Blobs to read; all methods raise `StorageError`."""
-
-    async def stat(self, digest: Digest) -> BlobInfo | None:
-        """Tell whether the blob is there."""
-        ...
 
     def path(self, digest: Digest) -> Path | None:
         """Give the file that holds the blob or would hold it; None from a store without files."""
@@ -47,7 +43,7 @@ class BlobSource(Protocol):
         ...
 
 
-class BlobStore(BlobSource, Protocol):
+class BlobStore(BlobReader, Protocol):
     """Blobs by digest; a blob that `stat` knows is whole.
 
     `tests/support/blob_store_contract.py` says what every store keeps. All methods raise `StorageError`.
@@ -59,6 +55,10 @@ class BlobStore(BlobSource, Protocol):
 
         Otherwise other servers share them, and the store sees to it that they last.
         """
+        ...
+
+    async def stat(self, digest: Digest) -> BlobInfo | None:
+        """Return what is known of a blob; None if it isn't there."""
         ...
 
     async def check(self) -> None:
@@ -117,13 +117,13 @@ async def is_intact(blobs: BlobStore, digest: Digest, bytes_per_second: float = 
     return state.hexdigest() == digest.hex
 
 
-async def content_of(blobs: BlobSource, digest: Digest) -> bytes:
-    """Give all of a blob that is small; see `BlobSource.read`."""
+async def content_of(blobs: BlobReader, digest: Digest) -> bytes:
+    """Give all of a blob that is small; see `BlobReader.read`."""
     return b"".join([block async for block in blobs.read(digest)])
 
 
-async def content_md5(blobs: BlobSource, digest: Digest) -> str:
-    """Read a blob for its MD5 in base64, as in Content-MD5 (RFC 1864); see `BlobSource.read`."""
+async def content_md5(blobs: BlobReader, digest: Digest) -> str:
+    """Read a blob for its MD5 in base64, as in Content-MD5 (RFC 1864); see `BlobReader.read`."""
     state = hashlib.md5(usedforsecurity=False)
     async for block in blobs.read(digest):
         await asyncio.to_thread(state.update, block)
@@ -132,7 +132,7 @@ async def content_md5(blobs: BlobSource, digest: Digest) -> str:
 
 @asynccontextmanager
 async def local_files(blobs: BlobStore, digests: Iterable[Digest]) -> AsyncIterator[Mapping[Digest, Path]]:
-    """Give a file with each blob, fetched for the time being if the store has none; see `BlobSource.read`."""
+    """Give a file with each blob, fetched for the time being if the store has none; see `BlobReader.read`."""
     with ExitStack() as stack:
         files = {}
         for digest in digests:

@@ -59,7 +59,7 @@ class FileBlobStore:
         return str(self.path(digest))
 
     async def url(self, digest: Digest, lifetime: float) -> None:
-        """See `BlobSource`: this server is the only one that has the files."""
+        """See `BlobReader`: this server is the only one that has the files."""
         return
 
     async def stat(self, digest: Digest) -> BlobInfo | None:

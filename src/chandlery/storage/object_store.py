@@ -140,15 +140,15 @@ class ObjectBlobStore:
             await self._head(self._impatient, key)
 
     def path(self, digest: Digest) -> None:
-        """See `BlobSource`: there is no file."""
+        """See `BlobReader`: there is no file."""
         return
 
     def location(self, digest: Digest) -> str:
-        """See `BlobSource`."""
+        """See `BlobReader`."""
         return f"{self._bucket}/{_key(digest)}"
 
     async def url(self, digest: Digest, lifetime: float) -> str | None:
-        """See `BlobSource`; whoever has the URL may read the blob. If none can be signed, that is logged."""
+        """See `BlobReader`; whoever has the URL may read the blob. If none can be signed, that is logged."""
         if not self._redirects or time.monotonic() < self._unsigned_until:
             return None
         try:
@@ -162,14 +162,14 @@ class ObjectBlobStore:
             return None
 
     async def stat(self, digest: Digest) -> BlobInfo | None:
-        """See `BlobSource`."""
+        """See `BlobReader`."""
         seen_at, info = self._seen.get(digest, (0.0, None))
         if info is not None and time.monotonic() - seen_at < self._memory:
             return info
         return await self._look_up(digest)
 
     async def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
-        """See `BlobSource`; one that breaks off goes on from there, if the store answers soon again."""
+        """See `BlobReader`; one that breaks off goes on from there, if the store answers soon again."""
         options: obstore.GetOptions = {"range": (byte_range.start, byte_range.stop)} if byte_range else {}
         with self._errors():
             try:

@@ -18,15 +18,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from chandlery.builds.build import Build
-from chandlery.builds.build_queue import BuildQueue, QueueLimits
+from chandlery.builds.build_queue import QueueLimits
 from chandlery.errors import BuildError
-from chandlery.oci.digest import Digest
-from chandlery.oci.documents import BuiltImage, Descriptor
+from chandlery.oci.documents import BuiltImage
 from chandlery.server.request_log import RequestLog
 from chandlery.server.tracing import Traces
+from tests.support.queues import IMAGE, WorkQueue, name_of
 from tests.support.servers import environment
-
-IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)
 
 
 @dataclass
@@ -55,18 +53,18 @@ async def work(build: Build) -> BuiltImage:
     for step in ("resolve", "realise", "pack"):
         build.step(step)
         await asyncio.sleep(0)
-    if build.image == "broken":
+    if name_of(build) == "broken":
         raise BuildError("broken", "it is broken", [])
     return IMAGE
 
 
 async def pull(recorded: Recorded, image: str, **headers: str) -> httpx.Response:
     """Send a request to an application that builds an image."""
-    async with BuildQueue(QueueLimits(), recorded.folder) as queue:
+    async with WorkQueue(QueueLimits(), recorded.folder) as queue:
         queue.observers.append(recorded.traces.built)
 
         async def endpoint(request: Request) -> Response:
-            await queue.wait(image, image, "client", work)
+            await queue.ask(image, work, "client")
             return Response(status_code=203)
 
         app = Starlette(
@@ -93,7 +91,7 @@ async def test_a_request_a_build_and_its_steps_are_spans_of_one_trace(recorded: 
     assert build.parent == request.context
     assert all(spans[step].parent == build.context for step in ("queued", "resolve", "realise", "pack"))
     assert build.attributes is not None
-    assert build.attributes["chandlery.image"] == "git"
+    assert build.attributes["chandlery.image"] == "git for linux/amd64"
 
 
 async def test_steps_follow_each_other_within_their_build(recorded: Recorded) -> None:

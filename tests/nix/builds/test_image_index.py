@@ -20,6 +20,7 @@ from chandlery.errors import (
 )
 from chandlery.image import name as image_name
 from chandlery.image.name import Vocabulary
+from chandlery.machine.deadline import NO_DEADLINE, Deadline
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import DOCKER_MANIFEST_LIST, OCI_INDEX, ManifestFormat, Platform
@@ -103,7 +104,7 @@ async def shop(folder: Path, source: BothPlatforms) -> AsyncIterator[Workshop]:
 
 async def pull(shop: Workshop, name: str, timeout: float | None = None) -> Pulled:
     request = image_name.parse(name, "latest", VOCABULARY)
-    return await shop.builder.pull(request, timeout=timeout, index=True)
+    return await shop.images.pull(request, deadline=Deadline.after(timeout), index=True)
 
 
 def document(shop: Workshop, pulled: Pulled, manifest_format: ManifestFormat = ManifestFormat.OCI) -> Any:
@@ -209,7 +210,7 @@ async def test_a_stale_pin_is_told_once(shop: Workshop, source: BothPlatforms) -
 
 async def test_who_takes_no_index_gets_the_hosts_image(shop: Workshop) -> None:
     request = image_name.parse("everywhere", "latest", VOCABULARY)
-    pulled = await shop.builder.pull(request)
+    pulled = await shop.images.pull(request)
     assert pulled == await pull(shop, "amd64/everywhere")
 
 
@@ -219,8 +220,8 @@ async def test_an_index_that_was_collected_is_given_again(shop: Workshop) -> Non
     content = shop.blobs.path(digest).read_bytes()
     await shop.blobs.delete(digest)
     async with shop.leases.lease() as lease:
-        repaired = RepairedBlobs(shop.blobs, shop.index, shop.builder, lease, hold=None)
-        info = await repaired.stat(digest)
+        repaired = RepairedBlobs(shop.stores, shop.images, lease)
+        info = await repaired.obtain(digest, NO_DEADLINE)
         assert info is not None
         assert info.size == len(content)
         assert b"".join([part async for part in repaired.read(digest)]) == content

@@ -336,30 +336,32 @@ async def test_a_blob_that_was_lost_is_made_again(fresh: Workshop, lost: str) ->
 
 
 async def test_what_was_pulled_is_current_as_long_as_a_pull_would_give_the_same(fresh: Workshop) -> None:
-    pulled = await fresh.builder.pull(a_request("hello"))
+    pulled = await fresh.images.pull(a_request("hello"))
     for whole in (False, True):
-        assert await fresh.builder.is_current(pulled, whole=whole)
+        assert await fresh.images.is_current(pulled, whole=whole)
     fresh.blobs.path(pulled.manifests[ManifestFormat.OCI].digest).unlink()
-    assert await fresh.builder.is_current(pulled, whole=False)
-    assert not await fresh.builder.is_current(pulled, whole=True)
-    again = await fresh.builder.pull(a_request("hello"))
+    assert await fresh.images.is_current(pulled, whole=False)
+    assert not await fresh.images.is_current(pulled, whole=True)
+    again = await fresh.images.pull(a_request("hello"))
     assert again == pulled
-    (origin,) = pulled.origins
-    assert fresh.index.forget_image(origin.key, float("inf"))
-    assert not await fresh.builder.is_current(pulled, whole=True)
+    (recipe,) = pulled.recipes
+    assert await fresh.index.forget_image(recipe.key, float("inf"))
+    assert not await fresh.images.is_current(pulled, whole=True)
 
 
-async def test_nothing_is_taken_for_whole_longer_than_its_use_goes_unnoticed(fresh: Workshop) -> None:
-    for interval, moment in ((0.0, 0.0), (0.02, 0.02), (60.0, 1.0)):
-        fresh.index.use_interval = interval
-        assert fresh.builder.moment == moment
+async def test_nothing_is_taken_for_whole_longer_than_its_use_goes_unnoticed(
+    fresh: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for interval, max_age in ((0.0, 0.0), (0.02, 0.02), (60.0, 1.0)):
+        monkeypatch.setattr(type(fresh.index), "use_interval", interval)
+        assert fresh.images.max_age == max_age
 
 
 async def test_tags_are_latest_the_revision_and_what_was_built(used: Workshop) -> None:
-    [latest_or_revision, other] = await used.builder.tags(a_request("hello"))
+    [latest_or_revision, other] = await used.images.tags(a_request("hello"))
     assert "latest" in (latest_or_revision, other)
     with pytest.raises(PackagesNotFoundError):
-        await used.builder.tags(a_request("nothing"))
+        await used.images.tags(a_request("nothing"))
 
 
 async def test_a_blob_belongs_to_the_names_of_images_that_need_it(used: Workshop) -> None:
@@ -368,10 +370,10 @@ async def test_a_blob_belongs_to_the_names_of_images_that_need_it(used: Workshop
     shared = set(map(_digest, greeter.layers)) & set(map(_digest, hello.layers))
     assert shared
     for digest in (alone, greeter.config.digest, greeter.manifests[ManifestFormat.OCI].digest):
-        assert await used.builder.needs(a_request("greeter"), digest)
-        assert not await used.builder.needs(a_request("hello"), digest)
+        assert await used.images.needs(a_request("greeter"), digest)
+        assert not await used.images.needs(a_request("hello"), digest)
     for digest in shared:
-        assert await used.builder.needs(a_request("hello"), digest)
+        assert await used.images.needs(a_request("hello"), digest)
 
 
 def _digest(layer: PackedLayer) -> Digest:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.builds.recipe import ImageOrigin
+from chandlery.builds.recipe import Recipe
 from chandlery.maintenance.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.nix.nix import NixLimits
 from chandlery.oci.digest import Digest
@@ -29,9 +29,9 @@ async def test_what_an_image_needs_is_leased_until_the_index_has_it(
     leased: list[set[Digest]] = []
     remember = fresh.index.remember_image
 
-    def watched(origin: ImageOrigin, image: BuiltImage) -> None:
+    async def watched(recipe: Recipe, image: BuiltImage) -> None:
         leased.append(fresh.leases.leased())
-        remember(origin, image)
+        await remember(recipe, image)
 
     monkeypatch.setattr(fresh.index, "remember_image", watched)
     packed, reused = await fresh.image("hello"), await fresh.image("greeter")
@@ -44,7 +44,7 @@ async def test_what_a_build_has_seen_is_not_collected_before_it_ends(
     fresh: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everything that can go goes whenever a build has just seen a blob."""
-    collector = GarbageCollector(fresh.blobs, fresh.index, fresh.leases, fresh.nix, DiskLimits(1, 1e-6))
+    collector = GarbageCollector(fresh.stores, DiskLimits(1, 1e-6))
     stat = fresh.blobs.stat
     first = await fresh.image("hello")
     seen: list[Digest] = []
@@ -62,7 +62,7 @@ async def test_what_a_build_has_seen_is_not_collected_before_it_ends(
         each.descriptor.digest for each in image.layers
     }
     assert shared <= set(seen)
-    assert [each.name for each in fresh.index.least_recently_used()] == ["greeter"]
+    assert [each.name for each in await fresh.index.least_recently_used()] == ["greeter"]
     for each in image.descriptors:
         assert Digest.of(fresh.blobs.path(each.digest).read_bytes()) == each.digest
     assert not fresh.blobs.path(first.layers[-1].descriptor.digest).exists()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.builds.index import BuildIndex
 from chandlery.builds.resolver import PackageResolver, nearest
+from chandlery.builds.sqlite_index import SqliteIndex
 from chandlery.errors import BrokenError, EvaluationError, NixError, PackagesNotFoundError, UnfreeError
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
@@ -57,13 +57,13 @@ def nix(store: Path) -> CountingNix:
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> Iterator[BuildIndex]:
-    with BuildIndex(tmp_path / "index") as index:
+def index(tmp_path: Path) -> Iterator[SqliteIndex]:
+    with SqliteIndex(tmp_path / "index") as index:
         yield index
 
 
 @pytest.fixture
-def resolver(nix: CountingNix, index: BuildIndex) -> PackageResolver:
+def resolver(nix: CountingNix, index: SqliteIndex) -> PackageResolver:
     return PackageResolver(nix, index)
 
 
@@ -96,7 +96,7 @@ async def test_what_was_resolved_is_known_after_a_restart(
     resolver: PackageResolver, nix: CountingNix, pin: PinnedSource, tmp_path: Path
 ) -> None:
     first = await resolver.resolve(pin, SYSTEM, ["git"])
-    with BuildIndex(tmp_path / "index") as index:
+    with SqliteIndex(tmp_path / "index") as index:
         assert await PackageResolver(nix, index).resolve(pin, SYSTEM, ["git"]) == first
 
     assert nix.resolved == [["git"]]
@@ -227,7 +227,7 @@ class ForgetfulNix(CountingNix):
 
 
 async def test_without_suggestions_what_is_missing_is_told_all_the_same(
-    store: Path, index: BuildIndex, pin: PinnedSource
+    store: Path, index: SqliteIndex, pin: PinnedSource
 ) -> None:
     with pytest.raises(PackagesNotFoundError) as caught:
         await PackageResolver(ForgetfulNix(store), index).resolve(pin, SYSTEM, ["gti", "jq", "hop.hop"])

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
-from chandlery.builds.index import BuildIndex
-from chandlery.builds.recipe import BuildOptions, ImageOrigin
+from chandlery.builds.recipe import BuildOptions, Recipe
+from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.stores import Stores
 from chandlery.image.name import ImageRequest
 from chandlery.maintenance.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval
 from chandlery.nix.nix import Nix, NixLimits
@@ -57,9 +59,9 @@ class FakeNix(Nix):
                 freed += self.left.pop(path)
 
 
-def origin(name: str) -> ImageOrigin:
+def recipe(name: str) -> Recipe:
     pin = PinnedSource("path", "/packages", "1" * 64)
-    return ImageOrigin(pin, ImageRequest((name,), Platform("linux", "amd64")), BuildOptions())
+    return Recipe(pin, ImageRequest((name,), Platform("linux", "amd64")), BuildOptions())
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Folder:
     """A data folder with images, each of which is some layers, and blobs that are nobody's."""
 
     blobs: FileBlobStore
-    index: BuildIndex
+    index: SqliteIndex
     leases: Leases
     path: Path
 
@@ -79,9 +81,9 @@ class Folder:
         config = await self.blobs.put_bytes(content(f"config of {name}"), OCI_CONFIG)
         image = BuiltImage(dict.fromkeys(ManifestFormat, manifest), config, tuple(packed), 1, 1)
         for layer in packed:
-            self.index.remember_layer(layer.diff_id.hex, layer)
+            await self.index.remember_layer(layer.diff_id.hex, layer)
         CLOCK.now = time.time() - used
-        self.index.remember_image(origin(name), image)
+        await self.index.remember_image(recipe(name), image)
         return image
 
     async def orphan(self, name: str, *, age: float) -> Digest:
@@ -92,7 +94,9 @@ class Folder:
     async def collect(
         self, limit: int, *, grace: float = HOUR, nix: Nix = MACHINES, dry_run: bool = False
     ) -> Collected:
-        collector = GarbageCollector(self.blobs, self.index, self.leases, nix, DiskLimits(limit, grace))
+        collector = GarbageCollector(
+            Stores(self.path, nix, self.blobs, self.index, self.leases), DiskLimits(limit, grace)
+        )
         return await collector.collect(dry_run=dry_run)
 
     async def has(self, *names: str) -> bool:
@@ -100,8 +104,8 @@ class Folder:
         [answer] = {await self.blobs.stat(digest(name)) is not None for name in names}
         return answer
 
-    def kept(self) -> list[str]:
-        return [image.name for image in self.index.least_recently_used()]
+    async def kept(self) -> list[str]:
+        return [image.name for image in await self.index.least_recently_used()]
 
 
 class Clock:
@@ -126,7 +130,7 @@ def digest(name: str) -> Digest:
 def folder(tmp_path: Path) -> Iterator[Folder]:
     with (
         FileBlobStore(tmp_path) as blobs,
-        BuildIndex(tmp_path, CLOCK) as index,
+        SqliteIndex(tmp_path, CLOCK) as index,
         Leases(tmp_path) as leases,
     ):
         yield Folder(blobs, index, leases, tmp_path)
@@ -148,7 +152,7 @@ async def test_the_least_recently_used_images_go_first_until_it_is_enough(folder
     assert [image.name for image in collected.images] == ["a"]
     assert collected.freed_blobs == 3 * SIZE
     assert collected.size == 6 * SIZE
-    assert folder.kept() == ["b", "c"]
+    assert await folder.kept() == ["b", "c"]
     assert not await folder.has("layer a", "manifest of a", "config of a")
     assert await folder.has("layer b", "manifest of b", "layer c", "manifest of c")
 
@@ -157,7 +161,7 @@ async def test_what_an_image_needs_that_is_kept_is_never_removed(folder: Folder)
     await folder.image("old", "base", "only old", used=3 * HOUR)
     await folder.image("new", "base", "only new", used=0)
     await folder.collect(1)
-    assert folder.kept() == ["new"]
+    assert await folder.kept() == ["new"]
     assert await folder.has("base", "only new", "manifest of new")
     assert not await folder.has("only old", "manifest of old")
 
@@ -166,11 +170,11 @@ async def test_an_image_within_its_grace_time_stays_unless_far_too_much_is_taken
     for minutes, name in [(59, "a"), (30, "b"), (5, "c")]:
         await folder.image(name, f"layer {name}", used=minutes * 60)
     await folder.collect(5 * SIZE)
-    assert folder.kept() == ["a", "b", "c"]
+    assert await folder.kept() == ["a", "b", "c"]
     await folder.collect(4 * SIZE)  # 9 blobs are more than twice that
-    assert folder.kept() == ["c"]
+    assert await folder.kept() == ["c"]
     await folder.collect(1)
-    assert folder.kept() == ["c"]
+    assert await folder.kept() == ["c"]
 
 
 async def test_blobs_that_no_image_needs_go_before_images_and_the_oldest_first(folder: Folder) -> None:
@@ -188,16 +192,17 @@ async def test_layers_whose_blobs_went_are_forgotten(folder: Folder) -> None:
     await folder.image("old", "base", "only old", used=3 * HOUR)
     await folder.image("new", "base")
     await folder.collect(1)
-    assert folder.index.layer(digest("only old").hex) is None
-    assert folder.index.layer(digest("base").hex) is not None
+    assert list(await folder.index.layers([digest("only old").hex, digest("base").hex])) == [
+        digest("base").hex
+    ]
 
 
 async def test_what_was_collected_has_an_origin_still(folder: Folder) -> None:
     image = await folder.image("old", "a", used=3 * HOUR)
     await folder.collect(1)
-    assert folder.index.image(origin("old").key) is None
+    assert await folder.index.use_image(recipe("old").key) is None
     for each in image.descriptors:
-        assert folder.index.origins(each.digest, 1) == [origin("old")]
+        assert await folder.index.recipes(each.digest, 1) == [recipe("old")]
 
 
 async def test_a_rehearsal_tells_what_would_go_and_removes_nothing(folder: Folder) -> None:
@@ -209,7 +214,7 @@ async def test_a_rehearsal_tells_what_would_go_and_removes_nothing(folder: Folde
         folder.path, {"/nix/store/a": 500, "/nix/store/b": 500, "/nix/store/c": 500}, ["/nix/store/c"]
     )
     told = await folder.collect(SIZE, nix=nix, dry_run=True)
-    assert folder.kept() == ["older", "old", "new"]
+    assert await folder.kept() == ["older", "old", "new"]
     assert await folder.has("orphan", "only old", "only older")
     assert len(nix.left) == 3
     done = await folder.collect(SIZE, nix=nix)
@@ -237,12 +242,12 @@ async def test_an_image_that_is_used_while_it_is_chosen_stays(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await folder.image("old", "a", used=3 * HOUR)
-    chosen = folder.index.least_recently_used()
+    chosen = await folder.index.least_recently_used()
     CLOCK.now = time.time()
-    assert folder.index.remember_use(origin("old").key)
-    monkeypatch.setattr(folder.index, "least_recently_used", lambda: chosen)
+    assert await folder.index.remember_use(recipe("old").key)
+    monkeypatch.setattr(folder.index, "least_recently_used", AsyncMock(return_value=chosen))
     await folder.collect(1)
-    assert folder.kept() == ["old"]
+    assert await folder.kept() == ["old"]
     assert await folder.has("a", "manifest of old")
 
 
@@ -252,7 +257,8 @@ async def test_an_image_that_comes_to_be_while_blobs_are_chosen_keeps_its_blobs(
     await folder.image("new", "a")
     for name in ("a", "manifest of new", "config of new"):
         os.utime(folder.blobs.path(digest(name)), (time.time() - 2 * HOUR,) * 2)
-    monkeypatch.setattr(folder.index, "references", Counter)  # as it was before
+    as_before = AsyncMock(return_value=Counter())
+    monkeypatch.setattr(folder.index, "references", as_before)
     await folder.collect(1)
     assert await folder.has("a", "manifest of new", "config of new")
 
@@ -302,7 +308,7 @@ async def test_a_crash_after_an_image_was_forgotten_leaves_blobs_that_go_next_ti
     with pytest.raises(KeyboardInterrupt):
         await folder.collect(1)
     monkeypatch.undo()
-    assert folder.kept() == []
+    assert await folder.kept() == []
     assert await folder.has("a", "manifest of old")
     for name in ("a", "manifest of old", "config of old"):
         os.utime(folder.blobs.path(digest(name)), (time.time() - 2 * HOUR,) * 2)
@@ -353,10 +359,9 @@ async def test_the_machines_store_is_never_touched(folder: Folder, monkeypatch: 
 async def test_a_store_of_its_own_is_collected_but_what_a_build_needs(tmp_path: Path) -> None:
     async with opened(tmp_path, limits=NixLimits(begun_after=0.5)) as workshop:
         await workshop.image("hello")
-        build = asyncio.create_task(workshop.builder.image(a_request("greeter", "waiting-a")))
+        build = asyncio.create_task(workshop.images.image(a_request("greeter", "waiting-a")))
         await workshop.gates.reached("waiting-a")
-        limits = DiskLimits(1, HOUR)
-        collector = GarbageCollector(workshop.blobs, workshop.index, workshop.leases, workshop.nix, limits)
+        collector = GarbageCollector(workshop.stores, DiskLimits(1, HOUR))
         await collector.collect()
         workshop.gates.open("waiting-a")
         assert "greeter-1.0" in workshop.names(await build)

@@ -10,9 +10,10 @@ import pytest_asyncio
 
 from chandlery.builds.build_queue import SELF_REPAIR
 from chandlery.builds.images import BuildCapacity
-from chandlery.builds.recipe import BuildOptions, ImageOrigin
+from chandlery.builds.recipe import BuildOptions, Recipe
 from chandlery.errors import BlobNotFoundError, BuildPendingError
 from chandlery.layers.root_layer import RootLayerOptions
+from chandlery.machine.deadline import Deadline
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, BuiltImage, Descriptor
@@ -33,12 +34,16 @@ pytestmark = [pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
 class Repairs:
     workshop: Workshop
     blobs: RepairedBlobs
+    hold: float | None
+
+    async def obtain(self, digest: Digest) -> BlobInfo | None:
+        return await self.blobs.obtain(digest, Deadline.after(self.hold))
 
     def file(self, digest: Digest) -> Path:
         return self.workshop.blobs.path(digest)
 
     def builds(self) -> int:
-        return len(self.workshop.builder.queue.builds())
+        return len(self.workshop.images.queue.builds())
 
 
 @asynccontextmanager
@@ -55,7 +60,7 @@ async def repairing(
         opened(folder, options=options, capacity=capacity, source=source, popularity=popularity) as workshop,
         workshop.leases.lease() as lease,
     ):
-        yield Repairs(workshop, RepairedBlobs(workshop.blobs, workshop.index, workshop.builder, lease, hold))
+        yield Repairs(workshop, RepairedBlobs(workshop.stores, workshop.images, lease), hold)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ async def test_a_blob_that_is_missing_or_has_another_size_comes_back_with_its_di
     digest = a_blob(await used.workshop.image("hello"), which)
     size = used.file(digest).stat().st_size
     damage(used.file(digest))
-    assert await used.blobs.stat(digest) == BlobInfo(size)
+    assert await used.obtain(digest) == BlobInfo(size)
     assert Digest.of(used.file(digest).read_bytes()) == digest
 
 
@@ -89,7 +94,7 @@ async def test_a_blob_that_is_in_doubt_is_checked_before_it_is_given(used: Repai
     digest = a_blob(await used.workshop.image("hello"), which)
     flip(used.file(digest))
     used.blobs.in_doubt.add(digest)
-    await used.blobs.stat(digest)
+    await used.obtain(digest)
     assert Digest.of(used.file(digest).read_bytes()) == digest
     assert not used.blobs.in_doubt
 
@@ -98,7 +103,7 @@ async def test_a_blob_in_doubt_that_is_whole_is_given_without_a_build(used: Repa
     digest = a_blob(await used.workshop.image("hello"), "layer")
     built = used.builds()
     used.blobs.in_doubt.add(digest)
-    assert await used.blobs.stat(digest)
+    assert await used.obtain(digest)
     assert not used.blobs.in_doubt
     assert used.builds() == built
 
@@ -107,7 +112,7 @@ async def test_a_manifest_is_given_only_when_its_whole_image_is_there(used: Repa
     image = await used.workshop.image("greeter")
     for each in image.layers:
         used.file(each.descriptor.digest).unlink()
-    await used.blobs.stat(a_blob(image, "manifest"))
+    await used.obtain(a_blob(image, "manifest"))
     assert all(Digest.of(used.file(each.digest).read_bytes()) == each.digest for each in image.descriptors)
 
 
@@ -116,9 +121,9 @@ async def test_however_many_ask_for_blobs_of_an_image_it_is_built_once(used: Rep
     built = used.builds()
     for each in image.descriptors:
         used.file(each.digest).unlink()
-    await asyncio.gather(*(used.blobs.stat(each.digest) for each in image.descriptors for _ in range(20)))
+    await asyncio.gather(*(used.obtain(each.digest) for each in image.descriptors for _ in range(20)))
     assert used.builds() == built + 1
-    assert used.workshop.builder.queue.builds()[0].client == SELF_REPAIR
+    assert used.workshop.images.queue.builds()[0].client == SELF_REPAIR
 
 
 async def test_a_blob_that_goes_after_a_build_has_seen_it_is_made_again(
@@ -127,18 +132,18 @@ async def test_a_blob_that_goes_after_a_build_has_seen_it_is_made_again(
     """As when it is found to be damaged while another blob of its image is being made again."""
     async with repairing(tmp_path) as repairs:
         image = await repairs.workshop.image("hello")
-        remake, times = repairs.workshop.builder.remake, iter(range(10))
+        remake, times = repairs.workshop.images.remake, iter(range(10))
         file = repairs.file(a_blob(image, "layer"))
 
-        async def losing(origin: ImageOrigin, client: str, timeout: float | None) -> BuiltImage:
-            made = await remake(origin, client, timeout)
+        async def losing(recipe: Recipe, client: str, deadline: Deadline) -> BuiltImage:
+            made = await remake(recipe, client, deadline)
             if next(times) == 0:
                 file.unlink()
             return made
 
-        monkeypatch.setattr(repairs.workshop.builder, "remake", losing)
+        monkeypatch.setattr(repairs.workshop.images, "remake", losing)
         file.unlink()
-        assert await repairs.blobs.stat(a_blob(image, "layer"))
+        assert await repairs.obtain(a_blob(image, "layer"))
         assert next(times) == 2
 
 
@@ -159,13 +164,13 @@ async def test_a_blob_in_doubt_that_goes_while_it_is_checked_is_made_again(
             return info
 
         monkeypatch.setattr(repairs.workshop.blobs, "stat", losing)
-        assert await repairs.blobs.stat(digest)
+        assert await repairs.obtain(digest)
         assert Digest.of(repairs.file(digest).read_bytes()) == digest
 
 
 async def test_a_blob_that_nobody_knows_is_not_there_and_builds_nothing(used: Repairs) -> None:
     built = used.builds()
-    assert await used.blobs.stat(Digest.of(b"never put")) is None
+    assert await used.obtain(Digest.of(b"never put")) is None
     assert used.builds() == built
 
 
@@ -175,9 +180,9 @@ async def test_who_waits_longer_than_the_hold_is_told_that_it_is_being_made(tmp_
         digest = a_blob(image, "layer")
         repairs.file(digest).unlink()
         with pytest.raises(BuildPendingError):
-            await repairs.blobs.stat(digest)
+            await repairs.obtain(digest)
         assert await repairs.workshop.image("hello") == image
-        assert await repairs.blobs.stat(digest)
+        assert await repairs.obtain(digest)
 
 
 async def test_an_image_that_was_made_with_other_options_is_made_again_with_those(tmp_path: Path) -> None:
@@ -188,7 +193,7 @@ async def test_an_image_that_was_made_with_other_options_is_made_again_with_thos
         for each in image.descriptors:
             repairs.file(each.digest).unlink()
         for each in image.descriptors:
-            assert await repairs.blobs.stat(each.digest) == BlobInfo(each.size)
+            assert await repairs.obtain(each.digest) == BlobInfo(each.size)
 
 
 # The table that an image was planned with
@@ -225,7 +230,7 @@ async def test_an_image_is_made_again_with_the_table_that_it_was_planned_with(tm
         for each in image.descriptors:
             repairs.file(each.digest).unlink()
         for each in image.descriptors:
-            assert await repairs.blobs.stat(each.digest) == BlobInfo(each.size)
+            assert await repairs.obtain(each.digest) == BlobInfo(each.size)
 
 
 async def test_without_its_table_an_image_is_not_made_again_as_another(tmp_path: Path) -> None:
@@ -236,7 +241,7 @@ async def test_without_its_table_an_image_is_not_made_again_as_another(tmp_path:
         digest = a_blob(image, "manifest")
         repairs.file(digest).unlink()
         with pytest.raises(BlobNotFoundError, match="is not kept any more"):
-            await repairs.blobs.stat(digest)
+            await repairs.obtain(digest)
         assert (await repairs.workshop.image("assembly")).manifests != image.manifests
 
 
@@ -286,7 +291,7 @@ async def test_an_image_of_a_revision_that_is_gone_is_made_again_from_what_was_r
         folder.edit("2")
         digest = a_blob(image, "layer")
         repairs.file(digest).unlink()
-        assert await repairs.blobs.stat(digest)
+        assert await repairs.obtain(digest)
         assert Digest.of(repairs.file(digest).read_bytes()) == digest
 
 
@@ -294,13 +299,13 @@ async def test_what_can_not_be_evaluated_any_more_is_not_found_and_the_reason_is
     folder = EditedFolder(tmp_path)
     async with repairing(tmp_path, source=folder.source(tmp_path)) as repairs:
         image = await repairs.workshop.image("hello")
-        revision = repairs.workshop.index.revisions(1)[0]
+        revision = (await repairs.workshop.index.revisions(1))[0]
         folder.edit("2")
         await repairs.workshop.nix.collect_all_garbage()
         digest = a_blob(image, "layer")
         repairs.file(digest).unlink()
         with pytest.raises(BlobNotFoundError, match=f"revision {revision[:16]} is not kept") as caught:
-            await repairs.blobs.stat(digest)
+            await repairs.obtain(digest)
         assert caught.value.digest == str(digest)
         # What the folder holds now was not taken for what it held then.
         newer = await repairs.workshop.image("hello")
@@ -312,12 +317,12 @@ async def test_what_was_made_again_and_is_another_image_now_is_not_found(tmp_pat
     async with repairing(tmp_path) as repairs:
         image = await repairs.workshop.image("hello")
         digest = a_blob(image, "layer")
-        [origin] = repairs.workshop.index.origins(digest, 1)
+        [recipe] = await repairs.workshop.index.recipes(digest, 1)
         other = Digest.of(b"as an earlier version packed it")
         layer = replace(image.layers[0], descriptor=Descriptor(OCI_LAYER, other, 7))
-        repairs.workshop.index.remember_image(origin, replace(image, layers=(layer, *image.layers[1:])))
+        await repairs.workshop.index.remember_image(recipe, replace(image, layers=(layer, *image.layers[1:])))
         with pytest.raises(BlobNotFoundError, match="is another image now"):
-            await repairs.blobs.stat(other)
+            await repairs.obtain(other)
 
 
 # What is in use
@@ -328,14 +333,14 @@ async def test_asking_for_a_blob_is_a_use_of_the_image_that_was_used_last(used: 
     await used.workshop.image("jq")
     image = await used.workshop.image("hello")
     await used.workshop.image("greeter")
-    await used.blobs.stat(a_blob(image, "root layer"))
-    assert index.least_recently_used()[-1].name == "hello"
+    await used.obtain(a_blob(image, "root layer"))
+    assert (await index.least_recently_used())[-1].name == "hello"
 
 
 async def test_a_blob_that_no_image_needs_is_leased_while_it_is_opened(used: Repairs) -> None:
     descriptor = await used.workshop.blobs.put_bytes(b"an orphan", "text/plain")
-    assert await used.blobs.stat(descriptor.digest)
-    assert await used.blobs.stat(descriptor.digest)
+    assert await used.obtain(descriptor.digest)
+    assert await used.obtain(descriptor.digest)
     assert used.workshop.leases.leased() == {descriptor.digest}
 
 
@@ -344,14 +349,14 @@ async def test_a_blob_of_a_collected_image_that_is_still_there_is_given_without_
 ) -> None:
     image = await used.workshop.image("jq")
     digest = a_blob(image, "layer")
-    [jq] = [each for each in used.workshop.index.least_recently_used() if each.name == "jq"]
-    assert used.workshop.index.forget_image(jq.key, float("inf"))
+    [jq] = [each for each in await used.workshop.index.least_recently_used() if each.name == "jq"]
+    assert await used.workshop.index.forget_image(jq.key, float("inf"))
     built = used.builds()
-    assert await used.blobs.stat(a_blob(image, "root layer"))
+    assert await used.obtain(a_blob(image, "root layer"))
     assert used.builds() == built
     assert a_blob(image, "root layer") in used.workshop.leases.leased()
     # The manifest promises all of the image.
-    assert await used.blobs.stat(a_blob(image, "manifest"))
+    assert await used.obtain(a_blob(image, "manifest"))
     assert used.builds() == built + 1
     assert await used.workshop.image("jq") == image
     assert Digest.of(used.file(digest).read_bytes()) == digest

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from chandlery.machine.deadline import NO_DEADLINE
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.maintenance.scrub import Finding, Problem, Scrub, written_since
 from chandlery.oci.digest import Digest
@@ -45,8 +46,8 @@ def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def scrubbed(used_folder: Path) -> AsyncIterator[Scrubbed]:
     async with opened(used_folder) as workshop, workshop.leases.lease() as lease:
         image = await workshop.image("hello")
-        repaired = RepairedBlobs(workshop.blobs, workshop.index, workshop.builder, lease, hold=None)
-        yield Scrubbed(workshop, repaired, Scrub(workshop.blobs, workshop.index, repaired), image)
+        repaired = RepairedBlobs(workshop.stores, workshop.images, lease)
+        yield Scrubbed(workshop, repaired, Scrub(workshop.stores, repaired), image)
 
 
 async def test_where_all_is_well_nothing_is_found_and_everything_is_counted(scrubbed: Scrubbed) -> None:
@@ -103,11 +104,11 @@ async def test_a_damaged_blob_of_a_collected_image_is_removed_and_made_when_it_i
 ) -> None:
     flip(scrubbed.file("root layer"))
     digest = scrubbed.digest("root layer")
-    [hello] = [each for each in scrubbed.workshop.index.least_recently_used() if each.name == "hello"]
-    scrubbed.workshop.index.forget_image(hello.key, float("inf"))
+    [hello] = [each for each in await scrubbed.workshop.index.least_recently_used() if each.name == "hello"]
+    await scrubbed.workshop.index.forget_image(hello.key, float("inf"))
     assert await scrubbed.findings() == {digest: Finding(digest, Problem.DAMAGED, "", "")}
     assert not scrubbed.file("root layer").exists()
-    assert await scrubbed.repaired.stat(digest)
+    assert await scrubbed.repaired.obtain(digest, NO_DEADLINE)
 
 
 async def test_what_is_collected_during_a_scrub_is_not_made_again(
@@ -117,8 +118,8 @@ async def test_what_is_collected_during_a_scrub_is_not_made_again(
     inventory = scrubbed.workshop.blobs.inventory
 
     async def after_a_collection() -> Mapping[Digest, BlobInfo]:
-        [jq] = [each for each in scrubbed.workshop.index.least_recently_used() if each.name == "jq"]
-        scrubbed.workshop.index.forget_image(jq.key, float("inf"))
+        [jq] = [each for each in await scrubbed.workshop.index.least_recently_used() if each.name == "jq"]
+        await scrubbed.workshop.index.forget_image(jq.key, float("inf"))
         await scrubbed.workshop.blobs.delete(image.config.digest)
         return await inventory()
 

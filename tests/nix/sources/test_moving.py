@@ -48,7 +48,7 @@ async def workshop(tmp_path: Path, server: HttpServer) -> AsyncIterator[Workshop
 
 
 async def image(workshop: Workshop, tag: str = LATEST) -> BuiltImage:
-    return await workshop.builder.image(replace(a_request("hello"), reference=tag))
+    return await workshop.images.image(replace(a_request("hello"), reference=tag))
 
 
 async def test_what_was_pulled_is_not_current_when_its_source_has_moved(tmp_path: Path) -> None:
@@ -57,16 +57,16 @@ async def test_what_was_pulled_is_not_current_when_its_source_has_moved(tmp_path
     (folder / "default.nix").write_text(version(1))
     source = parse(f"path!{folder}", tmp_path, DebianMirrors("", "", ""))
     async with opened(tmp_path, source=source) as workshop:
-        pulled = await workshop.builder.pull(a_request("hello"))
-        assert await workshop.builder.is_current(pulled, whole=False)
+        pulled = await workshop.images.pull(a_request("hello"))
+        assert await workshop.images.is_current(pulled, whole=False)
         (folder / "default.nix").write_text(version(2))
-        assert not await workshop.builder.is_current(pulled, whole=False)
+        assert not await workshop.images.is_current(pulled, whole=False)
         (folder / "default.nix").write_text(version(1))
-        assert await workshop.builder.is_current(pulled, whole=False)
+        assert await workshop.images.is_current(pulled, whole=False)
         # It goes on to serve the last good pin, and says so.
         (folder / "default.nix").unlink()
         folder.rmdir()
-        assert not await workshop.builder.is_current(pulled, whole=False)
+        assert not await workshop.images.is_current(pulled, whole=False)
         await source.close()
 
 
@@ -93,7 +93,7 @@ async def test_while_its_upstream_is_dead_images_are_made_of_the_last_good_pin(
 ) -> None:
     await image(workshop)
     server.stop()
-    await workshop.builder._sources.of("").refresh(0)
+    await workshop.images._sources.of("").refresh(0)
 
     made = await workshop.image("jq")
 

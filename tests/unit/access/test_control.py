@@ -29,6 +29,7 @@ from chandlery.server.request_log import RequestLog
 from chandlery.telemetry import logs
 from tests.support.memory_blob_store import MemoryBlobStore
 from tests.support.one_image import HOST, LAYER, OneImage, oci_error, one_image
+from tests.support.served_blobs import AsTheyAre
 
 PUBLIC = "https://registry.example.com"
 ALICE = ("alice", "wonderland")
@@ -70,7 +71,7 @@ class Registry:
         blobs = MemoryBlobStore()
         self.images = OneImage(await one_image(blobs), error)
         app = Starlette(
-            routes=routes(self.images, blobs, HOST, Access(control=control)),
+            routes=routes(self.images, AsTheyAre(blobs), HOST, Access(control=control)),
             middleware=[Middleware(RequestLog)],
         )
         transport = httpx.ASGITransport(app, client=(peer, 1234))

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.builds.build import Build, BuildState
-from chandlery.builds.build_queue import SELF_REPAIR, TAKEN_OVER, BuildQueue, QueueLimits
+from chandlery.builds.build_queue import SELF_REPAIR, TAKEN_OVER, Known, QueueLimits
 from chandlery.errors import (
     BuildError,
     BuildPendingError,
@@ -16,10 +16,9 @@ from chandlery.errors import (
     StorageFullError,
     TooManyBuildsError,
 )
-from chandlery.oci.digest import Digest
-from chandlery.oci.documents import BuiltImage, Descriptor
+from chandlery.oci.documents import BuiltImage
+from tests.support.queues import IMAGE, Work, WorkQueue, name_of, nothing_known, recipe_of
 
-IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)
 LOGS = Path("builds")
 
 
@@ -38,7 +37,7 @@ class Gate:
         self._error = error
 
     async def __call__(self, build: Build) -> BuiltImage:
-        self.begun.append(build.image)
+        self.begun.append(name_of(build))
         try:
             await self.open.wait()
         except asyncio.CancelledError:
@@ -55,15 +54,13 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def ask(
-    queue: BuildQueue, image: str, work: Callable[[Build], Awaitable[BuiltImage]], client: str = "a"
-) -> "asyncio.Task[BuiltImage]":
-    return asyncio.create_task(queue.wait(image, image, client, work))
+def ask(queue: WorkQueue, image: str, work: Work, client: str = "a") -> "asyncio.Task[BuiltImage]":
+    return asyncio.create_task(queue.ask(image, work, client))
 
 
 async def test_many_who_ask_for_one_key_get_one_build() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(), LOGS) as queue:
+    async with WorkQueue(QueueLimits(), LOGS) as queue:
         tasks = [ask(queue, "git", gate) for _ in range(200)]
         await until(lambda: bool(gate.begun))
         gate.open.set()
@@ -80,7 +77,7 @@ async def test_only_what_starts_a_build_asks_whether_its_client_may_have_one() -
         admitted.append(client)
 
     gate = Gate()
-    async with BuildQueue(QueueLimits(admit=admit), LOGS) as queue:
+    async with WorkQueue(QueueLimits(admit=admit), LOGS) as queue:
         tasks = [ask(queue, "git", gate, "a"), ask(queue, "git", gate, "b")]
         await until(lambda: bool(gate.begun))
         with pytest.raises(RateLimitError):
@@ -94,7 +91,7 @@ async def test_only_what_starts_a_build_asks_whether_its_client_may_have_one() -
 
 async def test_no_more_builds_run_than_the_limit() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=3), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=3), LOGS) as queue:
         tasks = [ask(queue, f"image{number}", gate) for number in range(10)]
         await until(lambda: len(gate.begun) == 3)
         states = [build.state for build in queue.builds()]
@@ -111,19 +108,19 @@ async def test_what_a_server_does_for_itself_counts_against_no_clients_limits() 
 
     gate = Gate()
     gate.open.set()
-    async with BuildQueue(QueueLimits(admit=admit), LOGS) as queue:
+    async with WorkQueue(QueueLimits(admit=admit), LOGS) as queue:
         for client in (SELF_REPAIR, TAKEN_OVER):
-            assert await queue.wait(client, client, client, gate) == IMAGE
+            assert await queue.ask(client, gate, client) == IMAGE
 
 
 async def test_a_client_that_asks_for_many_images_delays_another_by_one_turn() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
         greedy = [ask(queue, f"greedy{number}", gate, "greedy") for number in range(20)]
         await until(lambda: len(queue.builds()) == 20)
         modest = ask(queue, "modest", gate, "modest")
         await until(lambda: len(queue.builds()) == 21)
-        build = next(build for build in queue.builds() if build.image == "modest")
+        build = next(build for build in queue.builds() if name_of(build) == "modest")
         assert queue.position(build) == 2
         gate.open.set()
         await asyncio.gather(*greedy, modest)
@@ -132,11 +129,11 @@ async def test_a_client_that_asks_for_many_images_delays_another_by_one_turn() -
 
 async def test_a_full_queue_takes_no_other_build_but_lets_clients_join_those_it_has() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1, queued=2), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1, queued=2), LOGS) as queue:
         tasks = [ask(queue, name, gate) for name in ("one", "two", "three")]
         await until(lambda: len(queue.builds()) == 3)
         with pytest.raises(TooManyBuildsError, match="four"):
-            await queue.wait("four", "four", "b", gate)
+            await queue.ask("four", gate, "b")
         tasks.append(ask(queue, "three", gate, "b"))
         gate.open.set()
         await asyncio.gather(*tasks)
@@ -144,11 +141,11 @@ async def test_a_full_queue_takes_no_other_build_but_lets_clients_join_those_it_
 
 async def test_who_waits_too_long_is_told_the_build_and_its_place_and_can_ask_again() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
         first = ask(queue, "first", gate)
         await until(lambda: bool(gate.begun))
         with pytest.raises(BuildPendingError, match="number 1 in the queue") as pending:
-            await queue.wait("second", "second", "a", gate, timeout=0)
+            await queue.ask("second", gate, "a", timeout=0)
         assert pending.value.build in {build.id for build in queue.builds()}
         again = ask(queue, "second", gate)
         gate.open.set()
@@ -158,7 +155,7 @@ async def test_who_waits_too_long_is_told_the_build_and_its_place_and_can_ask_ag
 
 async def test_a_client_that_goes_away_cancels_nothing_that_another_waits_for() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(grace=0), LOGS) as queue:
+    async with WorkQueue(QueueLimits(grace=0), LOGS) as queue:
         leaver, stayer = ask(queue, "git", gate), ask(queue, "git", gate)
         await until(lambda: bool(gate.begun))
         leaver.cancel()
@@ -170,7 +167,7 @@ async def test_a_client_that_goes_away_cancels_nothing_that_another_waits_for() 
 
 async def test_a_build_that_nobody_waits_for_is_cancelled_after_the_grace_time() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1, grace=0), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1, grace=0), LOGS) as queue:
         running, queued = ask(queue, "running", gate), ask(queue, "queued", gate)
         await until(lambda: bool(gate.begun) and len(queue.builds()) == 2)
         for task in (running, queued):
@@ -182,9 +179,9 @@ async def test_a_build_that_nobody_waits_for_is_cancelled_after_the_grace_time()
 
 async def test_a_build_that_nobody_waits_for_goes_on_during_the_grace_time() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(grace=60), LOGS) as queue:
+    async with WorkQueue(QueueLimits(grace=60), LOGS) as queue:
         with pytest.raises(BuildPendingError):
-            await queue.wait("git", "git", "a", gate, timeout=0)
+            await queue.ask("git", gate, "a", timeout=0)
         again = ask(queue, "git", gate)
         await until(lambda: bool(gate.begun))
         gate.open.set()
@@ -205,7 +202,7 @@ async def test_who_joins_a_build_while_it_is_given_up_gets_a_new_one() -> None:
             await stopped.wait()
             raise
 
-    async with BuildQueue(QueueLimits(grace=0), LOGS) as queue:
+    async with WorkQueue(QueueLimits(grace=0), LOGS) as queue:
         leaver = ask(queue, "git", slow_to_stop)
         await until(lambda: bool(first.begun))
         leaver.cancel()
@@ -219,7 +216,7 @@ async def test_who_joins_a_build_while_it_is_given_up_gets_a_new_one() -> None:
 
 async def test_a_failure_is_told_to_all_and_to_who_asks_a_moment_later_without_a_new_build() -> None:
     gate = Gate(BuildError("git", "its builder failed", []))
-    async with BuildQueue(QueueLimits(failure_memory=60), LOGS) as queue:
+    async with WorkQueue(QueueLimits(failure_memory=60), LOGS) as queue:
         tasks = [ask(queue, "git", gate) for _ in range(3)]
         await until(lambda: bool(gate.begun))
         gate.open.set()
@@ -227,7 +224,7 @@ async def test_a_failure_is_told_to_all_and_to_who_asks_a_moment_later_without_a
             isinstance(each, BuildError) for each in await asyncio.gather(*tasks, return_exceptions=True)
         )
         with pytest.raises(BuildError, match="its builder failed"):
-            await queue.wait("git", "git", "a", gate)
+            await queue.ask("git", gate, "a")
     assert gate.begun == ["git"]
 
 
@@ -239,16 +236,16 @@ async def test_a_failure_that_is_over_or_was_a_full_disk_is_tried_again(
 ) -> None:
     gate = Gate(error)
     gate.open.set()
-    async with BuildQueue(QueueLimits(failure_memory=memory), LOGS) as queue:
+    async with WorkQueue(QueueLimits(failure_memory=memory), LOGS) as queue:
         for _ in range(2):
             with pytest.raises(type(error)):
-                await queue.wait("git", "git", "a", gate)
+                await queue.ask("git", gate, "a")
     assert gate.begun == ["git", "git"]
 
 
 async def test_stopping_ends_what_runs_and_tells_who_waits_to_ask_again() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
         tasks = [ask(queue, "one", gate), ask(queue, "two", gate)]
         await until(lambda: bool(gate.begun) and len(queue.builds()) == 2)
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -262,9 +259,9 @@ async def test_a_build_has_a_timeline_and_a_log_of_its_own() -> None:
         build.step("build")
         return IMAGE
 
-    async with BuildQueue(QueueLimits(), LOGS) as queue:
-        await queue.wait("git", "git", "a", work)
-        await queue.wait("jq", "jq", "a", work)
+    async with WorkQueue(QueueLimits(), LOGS) as queue:
+        await queue.ask("git", work, "a")
+        await queue.ask("jq", work, "a")
         jq, git = queue.builds()
     assert [name for name, _ in git.timeline] == ["resolve", "build", "finished"]
     assert [seconds for _, seconds in git.timeline] == sorted(seconds for _, seconds in git.timeline)
@@ -278,8 +275,8 @@ async def test_steps_follow_each_other_from_the_question_to_the_end() -> None:
         build.step("build")
         return IMAGE
 
-    async with BuildQueue(QueueLimits(), LOGS) as queue:
-        await queue.wait("git", "git", "a", work)
+    async with WorkQueue(QueueLimits(), LOGS) as queue:
+        await queue.ask("git", work, "a")
         (build,) = queue.builds()
     names, begins, ends = zip(*build.steps, strict=True)
     assert names == ("queued", "resolve", "build")
@@ -293,10 +290,10 @@ async def test_a_build_runs_in_the_context_of_who_asked_first_whatever_it_waited
     seen = {}
 
     async def work(build: Build) -> BuiltImage:
-        seen[build.image] = asking.get()
+        seen[name_of(build)] = asking.get()
         return IMAGE
 
-    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
         tasks = []
         for image in ("one", "two", "three"):
             asking.set(f"asks for {image}")
@@ -308,8 +305,8 @@ async def test_a_build_runs_in_the_context_of_who_asked_first_whatever_it_waited
 async def test_observers_are_told_of_every_end() -> None:
     told: list[tuple[str, BuildState]] = []
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
-        queue.observers.append(lambda build: told.append((build.image, build.state)))
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
+        queue.observers.append(lambda build: told.append((name_of(build), build.state)))
         failing = Gate(BuildError("bad", "its builder failed", []))
         failing.open.set()
         await asyncio.gather(ask(queue, "bad", failing), return_exceptions=True)
@@ -323,9 +320,9 @@ async def test_observers_are_told_of_every_end() -> None:
 async def test_the_error_of_a_build_has_its_id() -> None:
     gate = Gate(BuildError("git", "its builder failed", []))
     gate.open.set()
-    async with BuildQueue(QueueLimits(), LOGS) as queue:
+    async with WorkQueue(QueueLimits(), LOGS) as queue:
         with pytest.raises(BuildError) as failed:
-            await queue.wait("git", "git", "a", gate)
+            await queue.ask("git", gate, "a")
         (build,) = queue.builds()
         assert failed.value.build == build.id
         assert queue.find(build.id) is build
@@ -334,7 +331,7 @@ async def test_the_error_of_a_build_has_its_id() -> None:
 
 async def test_who_waits_or_asks_when_the_queue_stops_is_told_to_come_again() -> None:
     gate = Gate()
-    async with BuildQueue(QueueLimits(running=1), LOGS) as queue:
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
         tasks = [ask(queue, "running", gate), ask(queue, "waiting", gate)]
         await until(lambda: bool(gate.begun) and queue.queued == 1)
         queue.stop()
@@ -356,7 +353,7 @@ async def test_stopping_twice_lets_a_build_clean_up_once_and_to_the_end() -> Non
             cleaned = True
         return IMAGE
 
-    async with BuildQueue(QueueLimits(), LOGS) as queue:
+    async with WorkQueue(QueueLimits(), LOGS) as queue:
         task = ask(queue, "git", work)
         await began.wait()
         queue.stop()
@@ -370,38 +367,36 @@ async def test_stopping_twice_lets_a_build_clean_up_once_and_to_the_end() -> Non
 
 
 @asynccontextmanager
-async def two_queues(limits: QueueLimits) -> AsyncIterator[tuple[BuildQueue, BuildQueue]]:
+async def two_queues(
+    limits: QueueLimits, known: Known = nothing_known
+) -> AsyncIterator[tuple[WorkQueue, WorkQueue]]:
     """Give the queues of two processes, as far as they can tell."""
-    async with BuildQueue(limits, LOGS) as first, BuildQueue(limits, LOGS) as second:
+    async with WorkQueue(limits, LOGS, known) as first, WorkQueue(limits, LOGS, known) as second:
         yield first, second
 
 
-class Image:
-    """What another process has made, if it has."""
+class Git:
+    """The image of git, if another process has made it."""
 
     made: BuiltImage | None = None
 
-    async def look(self) -> BuiltImage | None:
-        return self.made
-
-
-def ask_and_look(queue: BuildQueue, name: str, work: Gate, image: Image) -> "asyncio.Task[BuiltImage]":
-    return asyncio.create_task(queue.wait(name, name, "a", work, look=image.look))
+    async def __call__(self, key: str) -> BuiltImage | None:
+        return self.made if key == recipe_of("git").key else None
 
 
 async def test_what_another_process_builds_is_awaited_without_a_turn() -> None:
-    gate, image = Gate(), Image()
-    async with two_queues(QueueLimits(running=1)) as (first, second):
-        tasks = [ask_and_look(first, "git", gate, image)]
+    gate, git_image = Gate(), Git()
+    async with two_queues(QueueLimits(running=1), git_image) as (first, second):
+        tasks = [ask(first, "git", gate)]
         await until(lambda: bool(gate.begun))
-        tasks.append(ask_and_look(second, "git", gate, image))
+        tasks.append(ask(second, "git", gate))
         await asyncio.sleep(0)
         (build,) = first.builds()
         with pytest.raises(BuildPendingError) as pending:
-            await second.wait("git", "git", "b", gate, 0.0, image.look)
+            await second.ask("git", gate, "b", 0.0)
         assert (pending.value.build, pending.value.position) == (build.id, 0)
         assert (second.builds(), second.running, second.queued) == ([], 0, 0)
-        image.made = IMAGE
+        git_image.made = IMAGE
         gate.open.set()
         assert await asyncio.gather(*tasks) == [IMAGE] * 2
         assert second.builds() == []
@@ -409,13 +404,13 @@ async def test_what_another_process_builds_is_awaited_without_a_turn() -> None:
 
 
 async def test_what_another_process_has_built_is_given_though_no_build_may_run_here() -> None:
-    git, jq, image = Gate(), Gate(), Image()
-    async with two_queues(QueueLimits(running=1)) as (first, second):
-        tasks = [ask_and_look(first, "git", git, image), ask(first, "jq", jq)]
+    git, jq, git_image = Gate(), Gate(), Git()
+    async with two_queues(QueueLimits(running=1), git_image) as (first, second):
+        tasks = [ask(first, "git", git), ask(first, "jq", jq)]
         await until(lambda: bool(git.begun))
-        waiting = ask_and_look(second, "git", git, image)
+        waiting = ask(second, "git", git)
         await asyncio.sleep(0)
-        image.made = IMAGE
+        git_image.made = IMAGE
         git.open.set()
         async with asyncio.timeout(5):
             assert await waiting == IMAGE
@@ -425,11 +420,11 @@ async def test_what_another_process_has_built_is_given_though_no_build_may_run_h
 
 
 async def test_what_another_process_gives_up_is_built_by_the_one_that_waits() -> None:
-    gate, image = Gate(), Image()
-    async with two_queues(QueueLimits(running=1)) as (first, second):
-        asked = ask_and_look(first, "git", gate, image)
+    gate, git_image = Gate(), Git()
+    async with two_queues(QueueLimits(running=1), git_image) as (first, second):
+        asked = ask(first, "git", gate)
         await until(lambda: bool(gate.begun))
-        waiting = ask_and_look(second, "git", gate, image)
+        waiting = ask(second, "git", gate)
         await asyncio.sleep(0)
         first.stop()
         with pytest.raises(BuildStoppedError):
@@ -469,13 +464,13 @@ async def test_no_more_builds_run_than_the_limit_over_all_processes() -> None:
 
 
 async def test_a_build_goes_on_as_long_as_somebody_waits_in_another_process() -> None:
-    gate, image = Gate(), Image()
-    async with two_queues(QueueLimits(grace=0.3)) as (first, second):
-        asked = ask_and_look(first, "git", gate, image)
+    gate, git_image = Gate(), Git()
+    async with two_queues(QueueLimits(grace=0.3), git_image) as (first, second):
+        asked = ask(first, "git", gate)
         await until(lambda: bool(gate.begun))
         asked.cancel()
         with pytest.raises(BuildPendingError):
-            await second.wait("git", "git", "b", gate, 1.0, image.look)
+            await second.ask("git", gate, "b", 1.0)
         assert gate.cancelled == 0
         await until_slowly(lambda: gate.cancelled == 1)
 

@@ -1,113 +1,102 @@
+import asyncio
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from chandlery.builds.locks import BuildClaims
-from chandlery.machine.locks import try_lock
+from chandlery.builds.locks import BuildLocks, FileBuildLocks
+from chandlery.machine import locks as machine_locks
+from tests.support.build_locks_contract import BuildLocksContract
 
-CLAIM_AND_WAIT = """
-import sys, time
+LOCK_AND_WAIT = """
+import asyncio, sys, time
 from pathlib import Path
-from chandlery.builds.locks import BuildClaims
+from chandlery.builds.locks import FileBuildLocks
 
-claims = BuildClaims(Path(sys.argv[1]), 1)
-held = claims.claim("git", "build-1"), claims.slot()
-print("claimed", flush=True)
-time.sleep(60)
+async def lock():
+    locks = FileBuildLocks(Path(sys.argv[1]), 1)
+    held = await locks.acquire("git", "build-1"), await locks.slot()
+    print("locked", flush=True)
+    time.sleep(60)
+
+asyncio.run(lock())
 """
 
 
 @pytest.fixture
-def claims(tmp_path: Path) -> BuildClaims:
-    claims = BuildClaims(tmp_path, 2)
-    claims.open()
-    return claims
+async def here(tmp_path: Path) -> FileBuildLocks:
+    locks = FileBuildLocks(tmp_path, 2)
+    await locks.open()
+    return locks
 
 
-def test_a_key_is_claimed_once_and_again_when_it_was_given_back(tmp_path: Path, claims: BuildClaims) -> None:
-    other = BuildClaims(tmp_path, 2)
-    claim = claims.claim("git", "build-1")
-    assert claim
-    with claim:
-        assert other.claim("git", "build-2") is None
-        assert other.holder("git") == "build-1"
-        assert other.holder("jq") is None
-    assert other.holder("git") is None
-    again = other.claim("git", "build-2")
-    assert again
-    assert claims.holder("git") == "build-2"
-    again.give_back()
+class TestFileBuildLocks(BuildLocksContract):
+    @pytest.fixture
+    def locks(self, tmp_path: Path, here: FileBuildLocks) -> tuple[BuildLocks, BuildLocks]:
+        return here, FileBuildLocks(tmp_path, 2)
+
+
+async def test_a_lock_that_was_released_leaves_nothing(tmp_path: Path, here: FileBuildLocks) -> None:
+    lock = await here.acquire("git")
+    assert lock
+    assert list(tmp_path.glob("*.building"))
+    await lock.release()
     assert not list(tmp_path.glob("*.building"))
 
 
-def test_a_key_that_is_given_back_while_it_is_claimed_is_claimed_once(
-    tmp_path: Path, claims: BuildClaims, monkeypatch: pytest.MonkeyPatch
+async def test_a_key_that_is_released_while_it_is_being_locked_is_locked_once(
+    tmp_path: Path, here: FileBuildLocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who gives it back removes the file, which another one has opened by then, and locks in vain."""
-    before = claims.claim("git", "build-1")
+    """Its owner removes the file, which another one has opened by then, and locks in vain."""
+    before = await here.acquire("git", "build-1")
     assert before
+    opened = os.open(tmp_path / "git.building", os.O_RDWR)
+    await before.release()
+    openings = iter([opened])
 
-    def lock_a_moment_later(descriptor: int) -> bool:
-        monkeypatch.undo()
-        before.give_back()
-        return try_lock(descriptor)
+    def open_earlier(file: Path) -> int | None:
+        descriptor = next(openings, None)
+        return machine_locks.open_locked(file) if descriptor is None else descriptor
 
-    monkeypatch.setattr("chandlery.builds.locks.try_lock", lock_a_moment_later)
-    now = BuildClaims(tmp_path, 2).claim("git", "build-2")
+    monkeypatch.setattr("chandlery.builds.locks.open_locked", open_earlier)
+    now = await FileBuildLocks(tmp_path, 2).acquire("git", "build-2")
     assert now
-    assert claims.claim("git", "build-3") is None
-    assert claims.holder("git") == "build-2"
-    now.give_back()
+    assert await here.acquire("git", "build-3") is None
+    assert await here.owner("git") == "build-2"
+    await now.release()
 
 
-def test_there_are_as_many_slots_as_may_be_taken_at_once_over_all(
-    tmp_path: Path, claims: BuildClaims
-) -> None:
-    other = BuildClaims(tmp_path, 2)
-    first, second = claims.slot(), other.slot()
-    assert first
-    assert second
-    assert claims.slot() is other.slot() is None
-    second.close()
-    third = claims.slot()
-    assert third
-    for each in (first, third):
-        each.close()
-
-
-def test_what_a_process_had_is_free_when_it_is_killed(tmp_path: Path, claims: BuildClaims) -> None:
-    argv = [sys.executable, "-c", CLAIM_AND_WAIT, str(tmp_path)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "claimed\n"
-        assert claims.holder("git") == "build-1"
-        process.kill()
-    assert claims.holder("git") is None
-    claims.open()
+async def test_what_a_process_had_is_free_when_it_is_killed(tmp_path: Path, here: FileBuildLocks) -> None:
+    argv = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout
+    assert await process.stdout.readline() == b"locked\n"
+    assert await here.owner("git") == "build-1"
+    process.kill()
+    await process.wait()
+    assert await here.owner("git") is None
+    await here.open()
     assert not list(tmp_path.glob("*.building"))
-    first, second = claims.slot(), claims.slot()
-    assert first
-    assert second
+    assert await here.slot()
+    assert await here.slot()
 
 
-def test_it_is_known_when_somebody_last_waited_for_a_build(tmp_path: Path, claims: BuildClaims) -> None:
-    claim = claims.claim("git")
-    assert claim
+async def test_when_a_client_last_waited_for_a_build_is_the_time_of_its_file(
+    tmp_path: Path, here: FileBuildLocks
+) -> None:
+    assert await here.acquire("git")
     long_ago = time.time() - 1000
     os.utime(tmp_path / "git.building", (long_ago, long_ago))
-    assert claims.waited_for("git") > 900
-    BuildClaims(tmp_path, 2).wait_for("git")
-    assert claims.waited_for("git") < 900
-    assert claims.waited_for("jq") == float("inf")
+    assert await here.last_waiter("git") > 900
+    await FileBuildLocks(tmp_path, 2).note_waiter("git")
+    assert await here.last_waiter("git") < 900
 
 
-def test_where_nothing_can_be_written_builds_are_not_kept_apart(tmp_path: Path) -> None:
-    claims = BuildClaims(tmp_path / "missing", 1)
+async def test_where_nothing_can_be_written_builds_are_not_kept_apart(tmp_path: Path) -> None:
+    locks = FileBuildLocks(tmp_path / "missing", 1)
     for _ in range(2):
-        assert claims.claim("git")
-        assert claims.slot()
-    assert claims.holder("git") is None
+        assert await locks.acquire("git")
+        assert await locks.slot()
+    assert await locks.owner("git") is None

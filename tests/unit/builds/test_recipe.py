@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from chandlery.builds.recipe import BuildOptions, ImageOrigin
+from chandlery.builds.recipe import BuildOptions, Recipe
 from chandlery.image.name import ImageRequest
 from chandlery.image.profile import Profile
 from chandlery.layers.compression import COMPRESSIONS
@@ -12,7 +12,7 @@ from chandlery.oci.documents import Platform
 
 PIN = PinnedSource("path", "/srv/packages", "1" * 64)
 REQUEST = ImageRequest(("git", "jq"), Platform("linux", "amd64"))
-ORIGIN = ImageOrigin(PIN, REQUEST, BuildOptions())
+ORIGIN = Recipe(PIN, REQUEST, BuildOptions())
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ ORIGIN = ImageOrigin(PIN, REQUEST, BuildOptions())
         replace(ORIGIN, options=BuildOptions(root_layer=RootLayerOptions(extra_commands="true"))),
     ],
 )
-def test_whatever_is_another_in_an_origin_is_another_image(other: ImageOrigin) -> None:
+def test_whatever_is_another_in_an_origin_is_another_image(other: Recipe) -> None:
     assert other.key != ORIGIN.key
 
 
@@ -58,7 +58,7 @@ def test_whatever_is_another_in_an_origin_is_another_image(other: ImageOrigin) -
         replace(ORIGIN, pin=replace(PIN, popularity="/elsewhere/popularity.json")),
     ],
 )
-def test_what_the_tag_was_and_where_nix_finds_the_source_make_no_other_image(same: ImageOrigin) -> None:
+def test_what_the_tag_was_and_where_nix_finds_the_source_make_no_other_image(same: Recipe) -> None:
     assert same.key == ORIGIN.key
 
 

@@ -1,16 +1,24 @@
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
 
 import pytest
 
-from chandlery.builds import speculative_packing as early_layers
-from chandlery.builds.speculative_packing import EarlyLayers
+from chandlery.builds.build import Build
+from chandlery.builds.job import Job
+from chandlery.builds.speculative_packing import Packer as AnyPacker
+from chandlery.builds.speculative_packing import SpeculativePacking
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, Descriptor, PackedLayer
 from chandlery.plan.strategies import STRATEGIES, LayerGroup, Popularity, closure_of
+from chandlery.storage.leases import Lease
+from tests.support.queues import recipe_of
 
 LARGE = 5 << 20
+
+Plan = Callable[[Closure], Sequence[LayerGroup]]
 
 
 def packed_layer(names: str) -> PackedLayer:
@@ -28,6 +36,9 @@ def expected(there: Sequence[str]) -> tuple[Closure, frozenset[StorePath]]:
     return closure, frozenset(node.path for node in closure.nodes if node.path.name in there)
 
 
+JOB = Job(Build(recipe_of("git"), "a", Path("log"), "id", 0.0), Path("roots"), cast("Lease", None))
+
+
 class Packer:
     """Packs when it is let; tells what was begun, and what was stopped."""
 
@@ -36,7 +47,7 @@ class Packer:
         self.stopped: list[str] = []
         self.goes_on = asyncio.Event()
 
-    async def pack(self, group: LayerGroup) -> PackedLayer:
+    async def pack(self, job: Job, group: LayerGroup) -> PackedLayer:
         names = ",".join(each.name for each in group.store_paths)
         self.begun.append(names)
         try:
@@ -51,9 +62,8 @@ def plan(closure: Closure) -> Sequence[LayerGroup]:
     return STRATEGIES["one-per-path"](closure, {}, 3)
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_layers, "_INTERVAL", 0.001)
+def packing(packer: AnyPacker, grouping: Plan | None = None) -> SpeculativePacking:
+    return SpeculativePacking(JOB, packer, grouping or plan, interval=0.001)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -68,13 +78,13 @@ class Nix:
     def __init__(self, *there: str) -> None:
         self.there = list(there)
 
-    async def expected(self) -> tuple[Closure, frozenset[StorePath]] | None:
+    async def look(self) -> tuple[Closure, frozenset[StorePath]] | None:
         return expected(self.there)
 
 
 async def test_large_layers_are_packed_as_soon_as_all_of_them_is_there() -> None:
     nix, packer = Nix("data", "small"), Packer()
-    async with EarlyLayers(plan, packer.pack) as early, early.watching(nix.expected):
+    async with packing(packer) as early, early.watching(nix):
         await until(lambda: packer.begun == ["data"])
         nix.there.append("lib")
         await until(lambda: packer.begun == ["data", "lib"])
@@ -88,7 +98,7 @@ async def test_a_layer_of_which_something_is_missing_is_not_packed_early() -> No
     def grouped(closure: Closure) -> Sequence[LayerGroup]:
         return STRATEGIES["grouped"](closure, together, 94)
 
-    async with EarlyLayers(grouped, packer.pack) as early, early.watching(nix.expected):
+    async with packing(packer, grouped) as early, early.watching(nix):
         nix.there.append("data")
         await until(lambda: packer.begun == ["data"])
         nix.there.append("small")
@@ -98,8 +108,8 @@ async def test_a_layer_of_which_something_is_missing_is_not_packed_early() -> No
 async def test_what_was_packed_early_is_given_and_the_rest_is_packed_then() -> None:
     nix, packer = Nix("data"), Packer()
     packer.goes_on.set()
-    async with EarlyLayers(plan, packer.pack) as early:
-        async with early.watching(nix.expected):
+    async with packing(packer) as early:
+        async with early.watching(nix):
             await until(lambda: packer.begun == ["data"])
         final = plan(expected(["app", "lib", "data", "small"])[0])
         layers = [await early.layer(group) for group in final]
@@ -110,8 +120,8 @@ async def test_what_was_packed_early_is_given_and_the_rest_is_packed_then() -> N
 
 async def test_what_is_no_layer_in_the_end_is_stopped() -> None:
     nix, packer = Nix("data"), Packer()
-    async with EarlyLayers(plan, packer.pack) as early:
-        async with early.watching(nix.expected):
+    async with packing(packer) as early:
+        async with early.watching(nix):
             await until(lambda: packer.begun == ["data"])
         assert packer.stopped == []
     assert packer.stopped == ["data"]
@@ -119,8 +129,8 @@ async def test_what_is_no_layer_in_the_end_is_stopped() -> None:
 
 async def test_nothing_is_packed_early_after_nix_has_ended() -> None:
     nix, packer = Nix(), Packer()
-    async with EarlyLayers(plan, packer.pack) as early:
-        async with early.watching(nix.expected):
+    async with packing(packer) as early:
+        async with early.watching(nix):
             pass
         nix.there.append("data")
         await asyncio.sleep(0.05)
@@ -131,28 +141,31 @@ async def test_an_early_layer_that_fails_fails_only_who_wants_it() -> None:
     nix = Nix("data")
     begun: list[LayerGroup] = []
 
-    async def fail(group: LayerGroup) -> PackedLayer:
-        begun.append(group)
-        raise ValueError("damaged")
+    class Failing:
+        async def pack(self, job: Job, group: LayerGroup) -> PackedLayer:
+            begun.append(group)
+            raise ValueError("damaged")
 
-    async with EarlyLayers(plan, fail) as early:
-        async with early.watching(nix.expected):
+    failing = Failing()
+    async with packing(failing) as early:
+        async with early.watching(nix):
             await until(lambda: begun)
             await asyncio.sleep(0.01)
         with pytest.raises(ValueError, match="damaged"):
             await early.layer(begun[0])
-    async with EarlyLayers(plan, fail) as early, early.watching(nix.expected):
+    async with packing(failing) as early, early.watching(nix):
         await until(lambda: len(begun) == 2)
 
 
 async def test_where_nothing_can_be_told_nothing_is_packed_early() -> None:
     asked: list[int] = []
 
-    async def nothing() -> None:
-        asked.append(1)
+    class Unknown:
+        async def look(self) -> None:
+            asked.append(1)
 
     packer = Packer()
-    async with EarlyLayers(plan, packer.pack) as early, early.watching(nothing):
+    async with packing(packer) as early, early.watching(Unknown()):
         await until(lambda: asked)
         await asyncio.sleep(0.02)
     assert asked == [1]
@@ -161,8 +174,8 @@ async def test_where_nothing_can_be_told_nothing_is_packed_early() -> None:
 
 async def test_who_waits_for_an_early_layer_and_goes_away_stops_it() -> None:
     nix, packer = Nix("data"), Packer()
-    async with EarlyLayers(plan, packer.pack) as early:
-        async with early.watching(nix.expected):
+    async with packing(packer) as early:
+        async with early.watching(nix):
             await until(lambda: packer.begun == ["data"])
         [group] = [each for each in plan(expected(["data"])[0]) if each.nar_size]
         waiting = asyncio.create_task(early.layer(group))

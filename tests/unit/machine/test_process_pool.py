@@ -11,13 +11,13 @@ import pytest_asyncio
 from chandlery.errors import StorageError, UnsupportedEntryError
 from chandlery.layers.archive import pack_store_paths
 from chandlery.machine import niceness as background
-from chandlery.machine.process_pool import PackingProcesses
+from chandlery.machine.process_pool import ProcessPool
 from tests.support.physical_store import PhysicalStore
 
 
 @pytest_asyncio.fixture
-async def packers() -> AsyncIterator[PackingProcesses]:
-    async with PackingProcesses(2) as started:
+async def packers() -> AsyncIterator[ProcessPool]:
+    async with ProcessPool(2) as started:
         yield started
 
 
@@ -37,7 +37,7 @@ async def test_the_bytes_of_layers_do_not_depend_on_the_number_of_processes(
             found = await started.run(pack_store_paths, store.store_root, paths[number:], "gzip", file)
             return found, file.read_bytes()
 
-        async with PackingProcesses(processes) as started:
+        async with ProcessPool(processes) as started:
             return await asyncio.gather(*map(layer, range(len(paths))))
 
     one = await packed(1)
@@ -52,7 +52,7 @@ async def test_the_bytes_of_layers_do_not_depend_on_the_number_of_processes(
 
 
 async def test_a_process_is_kept_for_what_comes_next_and_ends_with_the_last(
-    packers: PackingProcesses,
+    packers: ProcessPool,
 ) -> None:
     first = await packers.run(os.getpid)
     assert first != os.getpid()
@@ -62,11 +62,11 @@ async def test_a_process_is_kept_for_what_comes_next_and_ends_with_the_last(
         os.kill(first, 0)
 
 
-async def test_no_more_processes_run_than_there_may_be(packers: PackingProcesses) -> None:
+async def test_no_more_processes_run_than_there_may_be(packers: ProcessPool) -> None:
     assert len(set(await asyncio.gather(*(packers.run(os.getpid) for _ in range(8))))) <= 2
 
 
-async def test_packers_yield_to_the_server(packers: PackingProcesses) -> None:
+async def test_packers_yield_to_the_server(packers: ProcessPool) -> None:
     # A process so young may look before it has been told.
     while await packers.run(os.sched_getscheduler, 0) != os.SCHED_BATCH:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
@@ -75,7 +75,7 @@ async def test_packers_yield_to_the_server(packers: PackingProcesses) -> None:
 
 
 async def test_where_a_sandbox_lets_nobody_yield_it_is_packed_all_the_same(
-    packers: PackingProcesses, monkeypatch: pytest.MonkeyPatch
+    packers: ProcessPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
         raise PermissionError
@@ -86,7 +86,7 @@ async def test_where_a_sandbox_lets_nobody_yield_it_is_packed_all_the_same(
 
 
 async def test_whatever_the_size_of_a_file_a_packer_stays_small(
-    packers: PackingProcesses, store: PhysicalStore, tmp_path: Path
+    packers: ProcessPool, store: PhysicalStore, tmp_path: Path
 ) -> None:
     sparse = store.add("sparse", {"large": b""})
     os.truncate(store.physical(sparse) / "large", 1 << 30)
@@ -99,7 +99,7 @@ async def test_whatever_the_size_of_a_file_a_packer_stays_small(
 
 
 async def test_what_goes_wrong_comes_back_and_the_process_goes_on(
-    packers: PackingProcesses, store: PhysicalStore, tmp_path: Path
+    packers: ProcessPool, store: PhysicalStore, tmp_path: Path
 ) -> None:
     process = await packers.run(os.getpid)
     odd = store.add("odd", {".wh.gone": b""})
@@ -112,7 +112,7 @@ async def test_what_goes_wrong_comes_back_and_the_process_goes_on(
 
 
 async def test_a_packer_that_is_killed_is_an_error_and_another_takes_its_place(
-    packers: PackingProcesses,
+    packers: ProcessPool,
 ) -> None:
     process = await packers.run(os.getpid)
 
@@ -122,9 +122,7 @@ async def test_a_packer_that_is_killed_is_an_error_and_another_takes_its_place(
     assert await packers.run(os.getpid) != process
 
 
-async def test_what_a_packer_was_killed_in_is_done_once_more(
-    packers: PackingProcesses, tmp_path: Path
-) -> None:
+async def test_what_a_packer_was_killed_in_is_done_once_more(packers: ProcessPool, tmp_path: Path) -> None:
     process = await packers.run(os.getpid)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -144,14 +142,14 @@ async def packers_gone(process: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_one_that_died_while_it_was_idle_is_not_asked_again(packers: PackingProcesses) -> None:
+async def test_one_that_died_while_it_was_idle_is_not_asked_again(packers: ProcessPool) -> None:
     process = await packers.run(os.getpid)
     os.kill(process, signal.SIGKILL)
     await packers._idle[0].wait()
     assert await packers.run(os.getpid) != process
 
 
-async def test_what_nobody_waits_for_is_killed(packers: PackingProcesses, tmp_path: Path) -> None:
+async def test_what_nobody_waits_for_is_killed(packers: ProcessPool, tmp_path: Path) -> None:
     process = await packers.run(os.getpid)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -166,12 +164,12 @@ async def test_what_nobody_waits_for_is_killed(packers: PackingProcesses, tmp_pa
             os.kill(process, 0)
 
 
-async def test_what_a_function_prints_does_not_disturb(packers: PackingProcesses) -> None:
+async def test_what_a_function_prints_does_not_disturb(packers: ProcessPool) -> None:
     await packers.run(print, "printed")
     assert await packers.run(os.write, 1, b"written\n") == 8
 
 
-async def test_ctrl_c_is_left_to_the_server(packers: PackingProcesses) -> None:
+async def test_ctrl_c_is_left_to_the_server(packers: ProcessPool) -> None:
     process = await packers.run(os.getpid)
     await packers.run(signal.raise_signal, signal.SIGINT)
     assert await packers.run(os.getpid) == process
@@ -179,7 +177,7 @@ async def test_ctrl_c_is_left_to_the_server(packers: PackingProcesses) -> None:
 
 def test_a_packer_has_one_thread_when_it_is_idle() -> None:
     async def threads() -> int:
-        async with PackingProcesses(1) as packers:
+        async with ProcessPool(1) as packers:
             return await packers.run(threading.active_count)
 
     assert asyncio.run(threads()) == 1

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.builds.index import BuildIndex, IndexCounts
+from chandlery.builds.sqlite_index import IndexCounts, SqliteIndex
 from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.maintenance.run_marker import RunMarker
 from chandlery.maintenance.status import DataFolderStatus, examine
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "popularity/x.json.zst", b"table")
     write(tmp_path / "builds/20240101-120000-0123abcd.log", b"made\n")
     write(tmp_path / "token-key", b"secret")
-    with BuildIndex(tmp_path):
+    with SqliteIndex(tmp_path):
         pass
     return tmp_path
 

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from chandlery.access.control import AccessControl
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.rules import AccessRules
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.sqlite_index import SqliteIndex
 from chandlery.errors import BuildError, ChandleryError, SourceUnavailableError
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -34,13 +34,14 @@ from chandlery.oci.documents import (
     image_index,
 )
 from chandlery.registry.api import Access, routes
-from chandlery.registry.response_cache import LastingResponse, PreparedAnswers, keep
+from chandlery.registry.response_cache import CachedResponse, ResponseCache, keep
 from chandlery.server.request_log import RequestLog
 from chandlery.telemetry.metrics import Metrics
 from tests.support.memory_blob_store import MemoryBlobStore
 from tests.support.one_image import HOST, LAYER, MISSING, OneImage, one_image
 from tests.support.package_sets import PACKAGE_SET
 from tests.support.samples import values
+from tests.support.served_blobs import AsTheyAre
 from tests.support.servers import RunningServer, serving, wait_until
 
 
@@ -54,7 +55,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.calls += 1
-        response = LastingResponse(
+        response = CachedResponse(
             str(self.calls).encode(), {"x-test": "yes"}, "text/plain", self.check, self.lifetime
         )
         keep(scope, response)
@@ -93,7 +94,7 @@ def client_of(app: Any) -> httpx.AsyncClient:
 
 async def test_the_same_request_is_answered_from_memory(check: Check) -> None:
     app = Application(check)
-    async with client_of(PreparedAnswers(app)) as client:
+    async with client_of(ResponseCache(app)) as client:
         first, second = await client.get("/a"), await client.get("/a")
     assert (first.text, second.text, app.calls, check.calls) == ("1", "1", 1, 1)
     assert second.headers == first.headers
@@ -117,7 +118,7 @@ async def test_another_request_is_not(
     check: Check, method: str, path: str, headers: Mapping[str, str]
 ) -> None:
     app = Application(check)
-    async with client_of(PreparedAnswers(app)) as client:
+    async with client_of(ResponseCache(app)) as client:
         await client.get("/a")
         await client.request(method, path, headers=headers)
     assert app.calls == 2
@@ -126,7 +127,7 @@ async def test_another_request_is_not(
 @pytest.mark.parametrize("error", [None, SourceUnavailableError("git", "no route"), ZeroDivisionError()])
 async def test_what_holds_no_longer_is_made_anew(check: Check, error: Exception | None) -> None:
     app = Application(check)
-    async with client_of(PreparedAnswers(app)) as client:
+    async with client_of(ResponseCache(app)) as client:
         await client.get("/a")
         check.holds, check.error = False, error
         with capture_logs() as events:
@@ -139,7 +140,7 @@ async def test_what_holds_no_longer_is_made_anew(check: Check, error: Exception 
 
 async def test_a_check_is_for_all_who_came_before_it_and_for_nobody_who_came_later(check: Check) -> None:
     app = Application(check)
-    async with client_of(PreparedAnswers(app)) as client:
+    async with client_of(ResponseCache(app)) as client:
         await client.get("/a")
         check.gate.clear()
         check.begun.clear()
@@ -156,7 +157,7 @@ async def test_a_check_is_for_all_who_came_before_it_and_for_nobody_who_came_lat
 
 async def test_what_was_checked_a_moment_ago_is_not_checked_again(check: Check) -> None:
     app = Application(check, lifetime=3600.0)
-    async with client_of(PreparedAnswers(app)) as client:
+    async with client_of(ResponseCache(app)) as client:
         for _ in range(3):
             assert (await client.get("/a")).text == "1"
     assert check.calls == 0
@@ -166,14 +167,14 @@ async def test_a_check_that_takes_long_is_not_waited_for(
     check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chandlery.registry.response_cache._LONGEST_CHECK", 0.01)
-    async with client_of(PreparedAnswers(Application(check))) as client:
+    async with client_of(ResponseCache(Application(check))) as client:
         await client.get("/a")
         check.gate.clear()
         assert (await client.get("/a")).text == "2"
 
 
 async def test_what_is_in_memory_has_a_limit(check: Check) -> None:
-    answers = PreparedAnswers(Application(check), most=10_000)
+    answers = ResponseCache(Application(check), most=10_000)
     async with client_of(answers) as client:
         for number in range(100):
             await client.get(f"/{number}", headers={"accept": "x" * number})
@@ -195,7 +196,7 @@ async def test_a_response_that_says_nothing_of_it_is_not_kept() -> None:
         keep(scope, response)
         await response(scope, receive, send)
 
-    async with client_of(PreparedAnswers(app)) as client:
+    async with client_of(ResponseCache(app)) as client:
         await client.get("/a")
         await client.get("/a")
     assert calls == 2
@@ -228,9 +229,9 @@ class Registry:
 
 
 @asynccontextmanager
-async def registry(control: AccessControl | None = None, moment: float = 0.0) -> AsyncIterator[Registry]:
+async def registry(control: AccessControl | None = None, max_age: float = 0.0) -> AsyncIterator[Registry]:
     blobs = MemoryBlobStore()
-    images = OneImage(await one_image(blobs), moment=moment)
+    images = OneImage(await one_image(blobs), max_age=max_age)
     manifests = images.image_.manifests
     images.index = {
         each: await blobs.put_bytes(
@@ -238,9 +239,9 @@ async def registry(control: AccessControl | None = None, moment: float = 0.0) ->
         )
         for each, media_type in INDEX_MEDIA_TYPE.items()
     }
-    api, metrics = routes(images, blobs, HOST, Access(control=control)), Metrics()
+    api, metrics = routes(images, AsTheyAre(blobs), HOST, Access(control=control)), Metrics()
     log = Middleware(RequestLog, metrics=metrics)
-    fast = Starlette(routes=api, middleware=[log, Middleware(PreparedAnswers)])
+    fast = Starlette(routes=api, middleware=[log, Middleware(ResponseCache)])
     slow = Starlette(routes=api, middleware=[Middleware(RequestLog)])
     names = {
         "manifest": str(manifests[ManifestFormat.OCI].digest),
@@ -272,13 +273,13 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("moment", [0.0, 3600.0])
+@pytest.mark.parametrize("max_age", [0.0, 3600.0])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
 @pytest.mark.parametrize("warnings", [(), ("the mirror is dead",)])
 async def test_answers_are_the_same_with_and_without(
-    method: str, moment: float, warnings: tuple[str, ...]
+    method: str, max_age: float, warnings: tuple[str, ...]
 ) -> None:
-    async with registry(moment=moment) as both:
+    async with registry(max_age=max_age) as both:
         both.images.warnings = warnings
         for path in PATHS:
             for accept in ACCEPTS:
@@ -305,7 +306,7 @@ async def test_a_manifest_is_given_again_from_memory_counted_and_logged(referenc
 
 
 async def test_a_tag_that_moves_is_seen_at_once() -> None:
-    async with registry(moment=3600.0) as both:
+    async with registry(max_age=3600.0) as both:
         await both.both("GET", "/v2/git/manifests/latest", {})
         both.images.image_ = replace(both.images.image_, manifests=both.images.index)
         response = await both.both("GET", "/v2/git/manifests/latest", {})
@@ -317,7 +318,7 @@ async def test_a_tag_that_moves_is_seen_at_once() -> None:
 async def test_access_is_decided_each_time() -> None:
     rules = AccessRules.model_validate({"default": {"requests_per_minute": 2}})
     control = AccessControl(rules, {"": ("debian!bookworm",)}, PublicAddress("", ()))
-    async with registry(control, moment=3600.0) as both:
+    async with registry(control, max_age=3600.0) as both:
         for reference in ("latest", both.names["manifest"]):
             await both.fast.get(f"/v2/git/manifests/{reference}")
         response = await both.fast.get("/v2/git/manifests/latest")
@@ -363,9 +364,9 @@ def test_an_image_that_another_process_collects_is_made_again_for_who_pulls_it(t
         digest = digest_of(server)
         for reference in ("latest", digest):
             builds = log.read_text().count("build finished")
-            with BuildIndex(data) as index:
-                (image,) = index.least_recently_used()
-                assert index.forget_image(image.key, float("inf"))
+            with SqliteIndex(data) as index:
+                (image,) = asyncio.run(index.least_recently_used())
+                assert asyncio.run(index.forget_image(image.key, float("inf")))
             for folder in (data / "blobs" / "sha256").iterdir():
                 for file in folder.iterdir():
                     file.unlink()

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 
 from chandlery.access.client_address import parse_networks
 from chandlery.builds.build import Build
-from chandlery.builds.build_queue import BuildQueue, QueueLimits
+from chandlery.builds.build_queue import QueueLimits
 from chandlery.builds.images import Pulled
 from chandlery.errors import BuildError, StorageFullError
 from chandlery.image.name import Vocabulary
@@ -27,6 +27,8 @@ from chandlery.server.request_log import RequestLog
 from chandlery.telemetry.build_timings import Work
 from chandlery.telemetry.metrics import Metrics
 from tests.support.memory_blob_store import MemoryBlobStore
+from tests.support.queues import WorkQueue, name_of
+from tests.support.served_blobs import AsTheyAre
 
 IMAGE = BuiltImage({}, Descriptor("", Digest.of(b""), 0), (), 0, 0)
 LOOPBACK = parse_networks(["127.0.0.0/8", "::1"])
@@ -49,7 +51,7 @@ class Checks:
 class Watched:
     """A server without images, with a queue that a test fills."""
 
-    queue: BuildQueue
+    queue: WorkQueue
     app: Starlette
     checks: Checks = field(default_factory=Checks)
 
@@ -65,13 +67,13 @@ class Watched:
     def building(
         self, image: str, work: Callable[[Build], Awaitable[BuiltImage]]
     ) -> "asyncio.Task[BuiltImage]":
-        return asyncio.create_task(self.queue.wait(image, image, "client", work))
+        return asyncio.create_task(self.queue.ask(image, work, "client"))
 
 
 @asynccontextmanager
 async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
     metrics, checks = Metrics(), Checks()
-    async with BuildQueue(QueueLimits(running=1), folder / "builds") as queue:
+    async with WorkQueue(QueueLimits(running=1), folder / "builds") as queue:
         monitoring.count(metrics, queue, folder)
         readiness = Readiness({"storage": checks.may_fail, "nix": checks.passes}, max_age=0)
 
@@ -88,10 +90,10 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
             async def is_current(self, *_: object, whole: bool) -> bool:
                 return False
 
-            moment = 0.0
+            max_age = 0.0
 
         routes = [
-            *registry_api.routes(NoImages(), MemoryBlobStore(), Vocabulary(Platform.of_host())),
+            *registry_api.routes(NoImages(), AsTheyAre(MemoryBlobStore()), Vocabulary(Platform.of_host())),
             *monitoring.routes(metrics, readiness, queue, watchers),
         ]
         app = Starlette(routes=routes, middleware=[Middleware(RequestLog, metrics=metrics)])
@@ -185,7 +187,7 @@ async def test_builds_queue_and_disk_are_shown(server: Watched) -> None:
         build.step("pack")
         build.timings.add(Work.STORE, 1.0, 2.0)
         await gate.wait()
-        if build.image == "broken":
+        if name_of(build) == "broken":
             raise BuildError("broken", "it is broken", [])
         return IMAGE
 
@@ -220,8 +222,9 @@ async def test_builds_are_listed_with_their_state_and_place_in_the_queue(server:
     tasks = [server.building(image, work) for image in ("first", "second")]
     await until(lambda: any(build.timeline for build in server.queue.builds()))
     second, first = (await server.get("/builds")).json()
-    assert (first["image"], first["state"], first["position"], first["waiters"]) == ("first", "running", 0, 1)
-    assert (second["image"], second["state"], second["position"]) == ("second", "queued", 1)
+    assert [each["image"] for each in (first, second)] == ["first for linux/amd64", "second for linux/amd64"]
+    assert (first["state"], first["position"], first["waiters"]) == ("running", 0, 1)
+    assert (second["state"], second["position"]) == ("queued", 1)
     assert [each["step"] for each in first["timeline"]] == ["resolve"]
     gate.set()
     await asyncio.gather(*tasks)
@@ -235,11 +238,11 @@ async def test_a_build_that_failed_says_why(server: Watched) -> None:
     errors = {"expected": BuildError("git", "it is broken", []), "fault": ZeroDivisionError("a secret")}
 
     async def work(build: Build) -> BuiltImage:
-        raise errors[build.image]
+        raise errors[name_of(build)]
 
     for image in errors:
         await asyncio.gather(server.building(image, work), return_exceptions=True)
-    by_image = {build["image"]: build for build in (await server.get("/builds")).json()}
+    by_image = {build["image"].partition(" ")[0]: build for build in (await server.get("/builds")).json()}
     assert "it is broken" in by_image["expected"]["error"]
     assert "secret" not in by_image["fault"]["error"]
 

@@ -22,7 +22,7 @@ import structlog
 
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
 from chandlery.machine.durable import durably_replace
-from chandlery.machine.process_pool import PackingProcesses
+from chandlery.machine.process_pool import ProcessPool
 from chandlery.sources.debian.snapshot import DebianLock, parse_packages
 
 log = structlog.get_logger()
@@ -209,7 +209,7 @@ class DebianIndex:
             for file in found
         ]
         # Seconds of pure computation, with half a gigabyte: in a process of its own, which ends with it.
-        async with PackingProcesses(1) as processes:
+        async with ProcessPool(1) as processes:
             addresses = [each.address for each in repositories]
             revision, unresolved = await processes.run(keep_lock, self._folder, texts, addresses)
         log.info(

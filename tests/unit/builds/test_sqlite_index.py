@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chandlery.builds import index as build_index
-from chandlery.builds.index import SCHEMA_VERSION, BuildIndex
-from chandlery.builds.recipe import BuildOptions, ImageOrigin
+from chandlery.builds import sqlite_index
+from chandlery.builds.recipe import BuildOptions, Recipe
+from chandlery.builds.sqlite_index import SCHEMA_VERSION
+from chandlery.builds.sqlite_index import _Tables as BuildIndex
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.image.name import ImageRequest
 from chandlery.layers.root_layer import RootLayerOptions
@@ -52,11 +53,11 @@ def an_image(text: str, *layers: str) -> BuiltImage:
     return BuiltImage(manifests, config, tuple(map(a_layer, names)), 49, 123_456_789)
 
 
-def an_origin(*packages: str, reference: str = "latest", revision: str = "1" * 64) -> ImageOrigin:
+def an_origin(*packages: str, reference: str = "latest", revision: str = "1" * 64) -> Recipe:
     pin = PinnedSource("debian", "bookworm", revision, nix={"lock": "/locks/1", "mirrors": ["a", "b"]})
     root_layer = RootLayerOptions(1000, 100, extra_commands="touch it")
     request = ImageRequest(packages, Platform("linux", "amd64"), reference=reference)
-    return ImageOrigin(pin, request, BuildOptions(50, "zstd", root_layer=root_layer))
+    return Recipe(pin, request, BuildOptions(50, "zstd", root_layer=root_layer))
 
 
 GIT = an_origin("git")
@@ -180,7 +181,7 @@ def test_the_use_of_an_image_that_is_not_kept_is_not_remembered(index: BuildInde
 def test_an_origin_comes_back_equal_and_has_all_that_nix_needs(index: BuildIndex) -> None:
     index.remember_image(GIT, an_image("git"))
     for descriptor in an_image("git").descriptors:
-        [origin] = index.origins(descriptor.digest, limit=5)
+        [origin] = index.recipes(descriptor.digest, limit=5)
         assert origin == GIT
         assert origin.key == GIT.key
         assert origin.pin.to_nix() == GIT.pin.to_nix()
@@ -203,14 +204,14 @@ def test_of_images_that_share_a_blob_the_one_used_last_answers_and_one_that_is_k
         clock.now = 1000.0 + number
         index.remember_image(an_origin(name), an_image(name, "base"))
     base = digest_of("base")
-    names = [origin.request.name for origin in index.origins(base, limit=2)]
+    names = [origin.request.name for origin in index.recipes(base, limit=2)]
     assert names == ["c", "b"]
     for name in ("c", "b"):
         assert index.forget_image(an_origin(name).key, 2000.0)
     known = index.blob(base)
     assert known is not None
     assert (known.key, known.kept) == (an_origin("a").key, True)
-    assert [origin.request.name for origin in index.origins(base, limit=5)] == ["a", "c", "b"]
+    assert [origin.request.name for origin in index.recipes(base, limit=5)] == ["a", "c", "b"]
 
 
 def test_an_image_that_was_used_since_is_not_forgotten(index: BuildIndex, clock: Clock) -> None:
@@ -228,7 +229,7 @@ def test_an_image_that_was_forgotten_is_a_miss_with_an_origin_and_can_be_remembe
     index.forget_image(GIT.key, 2000.0)
     assert index.image(GIT.key) is None
     assert index.least_recently_used() == []
-    assert index.origins(digest_of("git"), limit=1) == [GIT]
+    assert index.recipes(digest_of("git"), limit=1) == [GIT]
     index.remember_image(GIT, an_image("git"))
     assert index.image(GIT.key) == an_image("git")
 
@@ -277,7 +278,7 @@ def test_of_collected_images_those_used_last_are_remembered(index: BuildIndex, c
         index.remember_image(an_origin(name), an_image(name))
     for name in ("a", "b", "c"):
         index.forget_image(an_origin(name).key, 2000.0)
-    index.forget_origins(remembered=2)
+    index.forget_recipes(remembered=2)
     assert index.blob(digest_of("a")) is None
     assert all(index.blob(digest_of(name)) for name in ("b", "c", "kept"))
 
@@ -404,7 +405,7 @@ def test_one_process_at_a_time_opens_an_index(tmp_path: Path) -> None:
 OPEN_AND_REMEMBER = """
 import sys
 from pathlib import Path
-from chandlery.builds.index import BuildIndex
+from chandlery.builds.sqlite_index import _Tables as BuildIndex
 
 sys.stdin.readline()
 with BuildIndex(Path(sys.argv[1])) as index:
@@ -438,6 +439,6 @@ def test_that_it_can_not_be_opened_on_a_full_disk_is_told_as_that(
     (tmp_path / NAME).mkdir()
     with pytest.raises(StorageError, match="choose another data folder"):
         BuildIndex(tmp_path)
-    monkeypatch.setattr(build_index, "is_full", lambda _: True)
+    monkeypatch.setattr(sqlite_index, "is_full", lambda _: True)
     with pytest.raises(StorageFullError):
         BuildIndex(tmp_path)

@@ -1,0 +1,20 @@
+"""What builds work with, opened: Nix, blobs, the index, leases, and the data folder that they share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from chandlery.builds.index import BuildIndex
+from chandlery.nix.nix import Nix
+from chandlery.storage.blob_store import BlobStore
+from chandlery.storage.leases import Leases
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """The stores of one data folder, `folder`."""
+
+    folder: Path
+    nix: Nix
+    blobs: BlobStore
+    index: BuildIndex
+    leases: Leases
