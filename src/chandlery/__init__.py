@@ -1,3 +1,3 @@
 """A container registry whose images are built from Nix packages the moment they are pulled."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
