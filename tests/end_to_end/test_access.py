@@ -20,8 +20,6 @@ from tests.support.proxy import proxy
 from tests.support.running import require
 from tests.support.servers import RunningServer, free_port, serving
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix]
-
 ALICE = "alice:wonderland"
 SETTINGS = """
 [access.default]

@@ -23,8 +23,6 @@ from tests.support.package_sets import SOURCE
 from tests.support.servers import LIMIT, RunningServer, environment, serving, wait_until
 from tests.support.swift_server import KEY, Swift, swift
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix]
-
 PREFIX = "images/here"
 _numbers = itertools.count()
 

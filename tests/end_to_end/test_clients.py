@@ -14,8 +14,6 @@ from chandlery.oci.documents import DOCKER_MANIFEST, OCI_MANIFEST
 from tests.support.clients import ClientError, Containerd, Docker, Engine, Podman, Skopeo
 from tests.support.running import Server, TlsServer
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix, pytest.mark.mirror]
-
 # Names of large images choose their platform, lest two are built.
 TOOLS = "amd64/shell/git/jq/curl"
 _ELF_AARCH64 = 183  # e_machine, elf(5)

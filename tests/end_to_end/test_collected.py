@@ -7,14 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import pytest
 
 from chandlery.oci.documents import OCI_MANIFEST
 from tests.support.clients import Containerd, Docker, Podman, Skopeo
 from tests.support.package_sets import SOURCE
 from tests.support.servers import LIMIT, RunningServer, environment, serving
-
-pytestmark = [pytest.mark.clients, pytest.mark.nix]
 
 
 def collect_everything(data_dir: Path) -> None:

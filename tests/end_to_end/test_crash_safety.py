@@ -18,8 +18,6 @@ from chandlery.oci.digest import Digest
 from tests.support.package_sets import SOURCE
 from tests.support.servers import LIMIT, RunningServer, serving
 
-pytestmark = pytest.mark.nix
-
 KILLS = 15
 PACKAGES = ["application", "assembly", "capital", "documentation", "greeter", "hello", "jq", "large"]
 IMAGES = ["/".join(pair) for pair in combinations(PACKAGES, 2)]

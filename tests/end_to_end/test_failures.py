@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from chandlery.demo.registry_client import pull
 from tests.support.package_sets import SOURCE, Gates
 from tests.support.running import require
 from tests.support.servers import LIMIT, RunningServer, serving, wait_until
-
-pytestmark = pytest.mark.nix
 
 
 def refusal(server: RunningServer, name: str) -> tuple[int, str]:

@@ -24,8 +24,6 @@ from tests.support.package_sets import SOURCE, Gates
 from tests.support.running import require
 from tests.support.servers import RunningServer, serving
 
-pytestmark = pytest.mark.nix
-
 WELL_FORMED = 4000
 BROKEN = 1000
 # Seconds in which a request is answered. A build may begin for it, but nobody is held for more than a moment.

@@ -16,8 +16,6 @@ from chandlery.oci.documents import OCI_MANIFEST
 from tests.support.package_sets import SOURCE
 from tests.support.servers import RunningServer, serving
 
-pytestmark = pytest.mark.nix
-
 _PACKAGES = ("hello", "jq", "greeter", "capital", "application", "assembly", "suite", "documentation")
 # Bytes, for the server and all of its helpers; what 50 small images take in memory is far less.
 _MOST_MEMORY = 600 << 20

@@ -17,8 +17,6 @@ from tests.support.package_sets import PACKAGE_SET, Gates
 from tests.support.running import require
 from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
-pytestmark = pytest.mark.nix
-
 
 @pytest.fixture
 def package_set(tmp_path: Path) -> Path:

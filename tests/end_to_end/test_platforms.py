@@ -12,8 +12,6 @@ from tests.support.clients import Containerd, Docker, Engine, Podman, Skopeo
 from tests.support.running import Server
 from tests.support.servers import RunningServer, serving
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix, pytest.mark.mirror]
-
 HOST = Platform.of_host().architecture
 [OTHER] = {"amd64", "arm64"} - {HOST}
 _ELF_MACHINE = {"amd64": 62, "arm64": 183}  # e_machine, elf(5)

@@ -9,8 +9,6 @@ from tests.support.channel_server import SHAPE
 from tests.support.clients import ClientError, Docker
 from tests.support.servers import RunningServer, serving
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix]
-
 [OTHER] = {"amd64", "arm64"} - {Platform.of_host().architecture}
 
 VARIABLES = {

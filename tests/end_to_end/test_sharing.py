@@ -22,8 +22,6 @@ from tests.support.clients import Containerd, Skopeo
 from tests.support.running import Server
 from tests.support.servers import plain_environment
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix, pytest.mark.mirror]
-
 IMAGES = (
     "shell/git/jq/curl",
     "python3",

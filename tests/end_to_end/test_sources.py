@@ -24,8 +24,6 @@ from tests.support.clients import Skopeo
 from tests.support.servers import RunningServer, free_port, serving, wait_until
 from tests.support.upstreams import NetworkUpstream, Upstream, Upstreams, upstreams
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix]
-
 T = TypeVar("T")
 
 NAMES = ("debian", "channel", "web", "ssh", "file", "flake", "folder")

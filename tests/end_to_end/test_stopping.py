@@ -11,8 +11,6 @@ import pytest
 from tests.support.package_sets import SOURCE, Gates
 from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
-pytestmark = pytest.mark.nix
-
 
 def begin_download(server: RunningServer, size: int) -> socket.socket:
     """Ask for the layer of the given size, and read nothing of it yet."""

@@ -16,8 +16,6 @@ from tests.support.proxy import proxy
 from tests.support.running import require
 from tests.support.servers import RunningServer, serving, wait_until
 
-pytestmark = [pytest.mark.clients, pytest.mark.nix]
-
 # Seconds. The build ends after this; the proxy gives up on a silent server after the other.
 _BUILD_TIME = 65.0
 

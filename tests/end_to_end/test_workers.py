@@ -14,8 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.package_sets import SOURCE, Gates
 from tests.support.servers import LIMIT, RunningServer, serving
 
-pytestmark = pytest.mark.nix
-
 CLIENTS = 50
 IMAGE = "/v2/waiting-a/manifests/latest"
 WORKERS = {"CHANDLERY_WORKERS": "2"}

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+from chandlery.sources.binary_cache import NarInfo
+
 
 def base_name(number: int, name: str) -> str:
     return f"{number:032}-{name}"
@@ -35,6 +37,15 @@ class Server:
     @property
     def asked_narinfos(self) -> list[str]:
         return [path for path in self.asked if path.endswith(".narinfo")]
+
+
+APP, LIB, OUTPUT, GONE = (
+    base_name(0, "app-1.0"),
+    base_name(1, "lib-2"),
+    base_name(2, "lib-2-dev"),
+    base_name(3, "gone-1"),
+)
+INFOS = {APP: NarInfo(10, (APP, LIB)), LIB: NarInfo(20, ()), OUTPUT: NarInfo(30, (LIB,))}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ def demo(source: Source = None) -> None:
 
     What it starts it stops, and what it makes it removes.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # As Ctrl-C: what was started is stopped on the way out.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What was started is stopped on the way out. Shells have what they start with `&` ignore SIGINT.
         signal.signal(number, signal.default_int_handler)
     run(source)

@@ -28,7 +28,7 @@ from chandlery.sources.package_source import PackageSource
 from tests.support.nix_package_set import source_of
 from tests.support.workshop import Workshop, opened
 
-pytestmark = [pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
 VOCABULARY = Vocabulary(AMD64)

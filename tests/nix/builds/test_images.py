@@ -29,7 +29,7 @@ from tests.support import layers
 from tests.support.workshop import HOST, Workshop, a_request, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.
-pytestmark = [pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ALWAYS = {"cacert-1.0", "iana-etc-1.0"}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")

@@ -14,7 +14,7 @@ from chandlery.storage.blob_store import BlobInfo
 from tests.support.workshop import Workshop, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.
-pytestmark = [pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(loop_scope="module")

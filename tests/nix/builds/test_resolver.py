@@ -11,7 +11,7 @@ from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from tests.support.nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix
 
-pytestmark = [pytest.mark.nix, requires_nix]
+pytestmark = requires_nix
 
 SET = """
   git = build "git-2" "echo > $out" // { meta.mainProgram = "git"; };

@@ -23,8 +23,6 @@ from tests.support.ordinary_user import run_as_ordinary_user
 from tests.support.package_sets import SOURCE, Gates
 from tests.support.servers import LIMIT, environment, free_port, serving, wait_until
 
-pytestmark = pytest.mark.nix
-
 needs_skopeo = pytest.mark.skipif(shutil.which("skopeo") is None, reason="not installed: skopeo")
 
 

@@ -12,8 +12,6 @@ from tests.support.damage import flip
 from tests.support.package_sets import SOURCE
 from tests.support.servers import LIMIT, environment, serving
 
-pytestmark = pytest.mark.nix
-
 
 @dataclass(frozen=True)
 class DataFolder:

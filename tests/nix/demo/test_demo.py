@@ -9,8 +9,6 @@ from tests.support.package_sets import SOURCE
 from tests.support.processes import running
 from tests.support.servers import LIMIT, environment, wait_until
 
-pytestmark = pytest.mark.nix
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_all_that_the_demo_started_and_removes_what_it_made(

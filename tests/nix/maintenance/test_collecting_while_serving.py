@@ -22,8 +22,6 @@ from tests.support.damage import cut, flip, lose
 from tests.support.package_sets import SOURCE
 from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
-pytestmark = pytest.mark.nix
-
 # How long pulls and collection run against each other, in seconds.
 SECONDS = float(os.environ.get("CHANDLERY_TEST_SECONDS", "45"))
 CLIENTS = 6

@@ -27,7 +27,7 @@ from tests.support.damage import a_blob, cut, flip, lose
 from tests.support.workshop import Workshop, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.
-pytestmark = [pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tests.support.memory_blob_store import MemoryBlobStore
 from tests.support.workshop import Workshop, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.
-pytestmark = [pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass(frozen=True)

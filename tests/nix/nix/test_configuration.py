@@ -17,7 +17,7 @@ from chandlery.nix.configuration import NixConfiguration, Purpose, host_paths
 from chandlery.nix.nix import Nix, NixLimits, NixOptions
 from tests.support.nix_package_set import packages, requires_nix, resolve
 
-pytestmark = [pytest.mark.nix, requires_nix]
+pytestmark = requires_nix
 
 LIMITS = NixLimits(build_timeout=60.0, jobs=2)
 OFFLINE = NixOptions(substituters=())

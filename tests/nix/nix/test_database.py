@@ -10,7 +10,7 @@ from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from tests.support.nix_package_set import packages, requires_nix, resolve
 
-pytestmark = [requires_nix, pytest.mark.nix, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [requires_nix, pytest.mark.asyncio(loop_scope="module")]
 
 # `top` needs `middle` at run time, and that `low`; `fetched` is needed for building alone.
 PACKAGES = """

@@ -32,7 +32,7 @@ from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from tests.support.nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix, resolve, source_of
 
-pytestmark = [pytest.mark.nix, requires_nix]
+pytestmark = requires_nix
 
 OFFLINE = NixOptions(substituters=(), host_paths=tuple(host_paths()))
 MIB = 1 << 20

@@ -19,7 +19,7 @@ from chandlery.nix.pinned_source import PinnedSource
 from tests.support.flakes import lock
 from tests.support.nix_package_set import NIXPKGS_SHAPE, SYSTEM, requires_nix
 
-pytestmark = [pytest.mark.nix, requires_nix]
+pytestmark = requires_nix
 
 LIB64 = '[ "/lib64" ]' if os.path.lexists("/lib64") else "[ ]"
 DERIVATION = f"""name: derivation {{

@@ -31,7 +31,7 @@ from tests.support.nix_package_set import SYSTEM, packages, requires_nix, resolv
 from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
 from tests.support.processes import running
 
-pytestmark = [pytest.mark.nix, requires_nix]
+pytestmark = requires_nix
 
 LIMITS = NixLimits(build_timeout=60.0, evaluation_timeout=60.0, jobs=2)
 # Without a binary cache that every build in an evaluation would wait for.

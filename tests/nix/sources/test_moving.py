@@ -16,8 +16,6 @@ from tests.support.git_server import HttpServer, Repository, http_server
 from tests.support.package_sets import PACKAGE_SET
 from tests.support.workshop import Workshop, a_request, opened
 
-pytestmark = pytest.mark.nix
-
 PACKAGES = (PACKAGE_SET / "default.nix").read_text()
 
 

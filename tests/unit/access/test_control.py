@@ -27,6 +27,7 @@ from chandlery.oci.documents import ManifestFormat
 from chandlery.registry.api import Access, routes
 from chandlery.server.request_log import RequestLog
 from chandlery.telemetry import logs
+from tests.support.clock import Clock
 from tests.support.memory_blob_store import MemoryBlobStore
 from tests.support.one_image import HOST, LAYER, OneImage, oci_error, one_image
 from tests.support.served_blobs import AsTheyAre
@@ -38,13 +39,6 @@ RULES = {"default": {"deny": ["nmap"]}, "users": {"bob": {"allow": ["shell", "gi
 BLOB = f"/v2/git/blobs/{Digest.of(LAYER)}"
 
 
-class Clock:
-    now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Registry:
     """A registry in this process; `control` is what its access control was made of."""
 
@@ -52,7 +46,7 @@ class Registry:
         self.folder = folder
         self.file = folder / "users"
         self.file.write_text("".join(f"{user}:{hashed(password)}\n" for user, password in (ALICE, BOB)))
-        self.clock = Clock()
+        self.clock = Clock(1_000_000.0)
         self.tokens = Tokens(b"k" * 32, 300, clock=self.clock)
 
     def control(

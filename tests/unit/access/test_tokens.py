@@ -11,17 +11,11 @@ from hypothesis import strategies as st
 
 from chandlery.access.tokens import Grant, Tokens, load_key
 from chandlery.errors import CredentialsError, SettingsError
+from tests.support.clock import Clock
 
 KEY = b"k" * 32
 GRANTS = st.builds(Grant, st.text(), st.text(), st.frozensets(st.text(), max_size=5))
 ALICE = Grant("alice", "1", frozenset({"git"}))
-
-
-class Clock:
-    now = 1_000_000.5
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @given(GRANTS)
@@ -31,7 +25,9 @@ def test_a_token_says_what_it_was_made_of(grant: Grant) -> None:
 
 
 def test_a_token_is_what_distribution_describes() -> None:
-    header, claims, _ = (part + "==" for part in Tokens(KEY, 300, clock=Clock()).issue(ALICE).split("."))
+    header, claims, _ = (
+        part + "==" for part in Tokens(KEY, 300, clock=Clock(1_000_000.5)).issue(ALICE).split(".")
+    )
     assert json.loads(urlsafe_b64decode(header)) == {"alg": "HS256", "typ": "JWT"}
     assert json.loads(urlsafe_b64decode(claims)) == {
         "iss": "chandlery",
@@ -45,7 +41,7 @@ def test_a_token_is_what_distribution_describes() -> None:
 
 
 def test_a_token_ends() -> None:
-    clock = Clock()
+    clock = Clock(1_000_000.5)
     tokens = Tokens(KEY, 60, clock=clock)
     token = tokens.issue(ALICE)
     clock.now += 59

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from chandlery.access.users import Users
 from chandlery.errors import SettingsError
+from tests.support.clock import Clock
 
 # Made by crypt(3) of libxcrypt, with the prefix that `htpasswd -B` writes.
 WONDERLAND = "$2y$04$abcdefghijklmnopqrstuujZkTwHUiJ9XdZPwKfcfDo7dMp5DjlTu"
@@ -30,13 +31,6 @@ class Hasher:
     def __call__(self, password: bytes, stored: bytes) -> bool:
         self.costs.append(stored.decode()[4:6])
         return bcrypt.checkpw(password, stored)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -84,7 +78,7 @@ async def test_passwords_are_those_of_other_programs(tmp_path: Path) -> None:
 
 
 async def test_a_password_is_hashed_once_in_a_while(file: Path) -> None:
-    hasher, clock = Hasher(), Clock()
+    hasher, clock = Hasher(), Clock(0.0)
     users = Users(file, checkpw=hasher, clock=clock)
     assert all(await asyncio.gather(*(users.check("alice", "wonderland") for _ in range(20))))
     assert all([await users.check("alice", "wonderland") for _ in range(20)])

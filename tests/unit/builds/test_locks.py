@@ -1,6 +1,4 @@
-import asyncio
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -9,20 +7,6 @@ import pytest
 from chandlery.builds.locks import BuildLocks, FileBuildLocks
 from chandlery.machine import locks as machine_locks
 from tests.support.build_locks_contract import BuildLocksContract
-
-LOCK_AND_WAIT = """
-import asyncio, sys, time
-from pathlib import Path
-from chandlery.builds.locks import FileBuildLocks
-
-async def lock():
-    locks = FileBuildLocks(Path(sys.argv[1]), 1)
-    held = await locks.acquire("git", "build-1"), await locks.slot()
-    print("locked", flush=True)
-    time.sleep(60)
-
-asyncio.run(lock())
-"""
 
 
 @pytest.fixture
@@ -66,21 +50,6 @@ async def test_a_key_that_is_released_while_it_is_being_locked_is_locked_once(
     assert await here.acquire("git", "build-3") is None
     assert await here.owner("git") == "build-2"
     await now.release()
-
-
-async def test_what_a_process_had_is_free_when_it_is_killed(tmp_path: Path, here: FileBuildLocks) -> None:
-    argv = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
-    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout
-    assert await process.stdout.readline() == b"locked\n"
-    assert await here.owner("git") == "build-1"
-    process.kill()
-    await process.wait()
-    assert await here.owner("git") is None
-    await here.open()
-    assert not list(tmp_path.glob("*.building"))
-    assert await here.slot()
-    assert await here.slot()
 
 
 async def test_when_a_client_last_waited_for_a_build_is_the_time_of_its_file(

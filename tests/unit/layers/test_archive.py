@@ -2,15 +2,12 @@ import gzip
 import io
 import os
 import random
-import subprocess
-import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from anyio import to_process
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.errors import StorageError, StorageFullError, UnsupportedEntryError
@@ -26,58 +23,16 @@ from chandlery.layers.archive import (
 from chandlery.layers.compression import COMPRESSIONS
 from chandlery.layers.store_reader import Entry, EntryKind, StoreReader
 from chandlery.oci.digest import Digest
-from chandlery.oci.documents import PackedLayer
-from tests.support.physical_store import Executable, Link, PhysicalStore, store_path
+from tests.support.archive_entries import (
+    HELLO,
+    entry_lists,
+    in_order,
+    tar_of,
+)
+from tests.support.physical_store import Executable, PhysicalStore, store_path
 
 NONE = COMPRESSIONS["none"]
 GIB = 1 << 30
-
-# Bytes that can be a name, and texts that often break archives: long, not ASCII, not UTF-8.
-names = (
-    st.binary(min_size=1, max_size=12)
-    | st.text("aé漢 =\n", min_size=1, max_size=12).map(str.encode)
-    | st.integers(90, 255).map(lambda length: b"n" * length)
-).filter(lambda name: not {b"/"[0], 0} & set(name) and name not in (b".", b"..") and name[:4] != b".wh.")
-targets = st.lists(names, min_size=1, max_size=3).map(b"/".join)
-contents = st.binary(max_size=20) | st.integers(500, 1030).map(lambda size: b"c" * size)
-identities = st.sampled_from([0, 1000, 0o7777777, 0o10000000, 2**32 - 1])
-leaves = st.tuples(st.just(EntryKind.FILE), contents) | st.tuples(st.just(EntryKind.SYMLINK), targets)
-trees: st.SearchStrategy[Mapping[bytes, object]] = st.recursive(
-    st.dictionaries(names, leaves | st.just({}), max_size=4),
-    lambda below: st.dictionaries(names, leaves | below, max_size=4),
-    max_leaves=10,
-)
-
-
-@st.composite
-def entry_lists(draw: st.DrawFn) -> list[Entry]:
-    """All of a tree in order; content is in memory, so no file system limits the names."""
-    entries: list[Entry] = []
-
-    def add(tree: Mapping[bytes, object], folder: bytes) -> None:
-        for name, what in tree.items():
-            path, uid, gid = folder + name, draw(identities), draw(identities)
-            match what:
-                case dict():
-                    entries.append(Entry.directory(path, draw(st.sampled_from([0o755, 0o1777])), uid, gid))
-                    add(what, path + b"/")
-                case (EntryKind.FILE, bytes(content)):
-                    entries.append(
-                        Entry.file(path, content, draw(st.sampled_from([0o644, 0o4755])), uid, gid)
-                    )
-                case (EntryKind.SYMLINK, bytes(target)):
-                    entries.append(Entry.symlink(path, target, uid, gid))
-
-    add(draw(trees), b"")
-    return in_order(entries)
-
-
-def in_order(entries: Iterable[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda entry: entry.order)
-
-
-def tar_of(entries: Iterable[Entry]) -> bytes:
-    return b"".join(archive(entries))
 
 
 def read_back(tar: bytes) -> Iterator[Entry]:
@@ -104,31 +59,6 @@ def store(tmp_path: Path) -> PhysicalStore:
 @given(entry_lists())
 def test_tarfile_reads_back_what_was_written(entries: list[Entry]) -> None:
     assert list(read_back(tar_of(entries))) == entries
-
-
-@given(entry_lists())
-@settings(max_examples=30, deadline=None)
-def test_gnu_tar_reads_back_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, entries: list[Entry]
-) -> None:
-    # The store's reader is the judge, and it knows one mode for directories and two for files.
-    plain = [
-        entry._replace(mode=0o777 if entry.kind is EntryKind.SYMLINK else 0o755, uid=0, gid=0)
-        for entry in entries
-        if len(entry.path) < 1000
-    ]
-    store = PhysicalStore(tmp_path_factory.mktemp("store"))
-    extracted = store.add_root_layout("extracted", {})
-
-    subprocess.run(
-        ["tar", "-xpf-", "--no-same-owner", "-C", store.physical(extracted)], input=tar_of(plain), check=True
-    )
-
-    found = [
-        entry._replace(source=entry.source.read_bytes() if isinstance(entry.source, Path) else None)
-        for entry in StoreReader(store.store_root).entries(extracted)
-    ]
-    assert found == plain
 
 
 @given(entry_lists())
@@ -235,14 +165,6 @@ def test_a_file_whose_size_changed_is_an_error(tmp_path: Path, size: int) -> Non
 
 # Golden digests: they change only with ARCHIVE_VERSION and a line in CHANGELOG.md.
 
-HELLO: dict[str, bytes | Executable | Link | None] = {
-    "bin/hello": Executable(b"#!/bin/sh\necho hello\n"),
-    "bin/greet": Link("hello"),
-    "share/empty": None,
-    "share/doc/" + "long/" * 40 + "name": b"far down\n",
-    "share/é": b"",
-}
-
 
 def test_the_bytes_of_a_layer_are_those_of_every_earlier_version(
     store: PhysicalStore, tmp_path: Path
@@ -256,37 +178,6 @@ def test_the_bytes_of_a_layer_are_those_of_every_earlier_version(
 
     assert str(layer.diff_id) == "sha256:86af3c6ac27c22e2c70db0bf9aed047cac20da699271e7bb1fdf694dae608b07"
     assert layer.descriptor.digest == layer.diff_id
-
-
-def test_neither_process_nor_locale_nor_umask_nor_creation_order_reach_the_bytes(
-    store: PhysicalStore, tmp_path: Path
-) -> None:
-    hello = store.add("hello-2.12", HELLO)
-    here = pack_store_paths(store.store_root, [hello], "gzip", tmp_path / "here")
-    again = PhysicalStore(tmp_path / "again/nix/store")
-    again.add("hello-2.12", dict(reversed(HELLO.items())))
-    program = (
-        "import sys; from pathlib import Path; from chandlery.nix.closure import StorePath;"
-        "from chandlery.layers.archive import pack_store_paths;"
-        "root, store_path, to = sys.argv[1:];"
-        "print(pack_store_paths(Path(root), [StorePath(store_path)], 'gzip', Path(to)).descriptor.digest)"
-    )
-    for seed in ("1", "2"):
-        there = subprocess.run(
-            [sys.executable, "-c", program, again.store_root, hello.text, tmp_path / "there"],
-            env={
-                "LC_ALL": "C",
-                "PYTHONUTF8": "0",
-                "PYTHONCOERCECLOCALE": "0",
-                "PYTHONHASHSEED": seed,
-                "TZ": "Asia/Tokyo",
-            },
-            umask=0o077,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        assert there.stdout.strip() == str(here.descriptor.digest)
 
 
 # Packing
@@ -308,26 +199,6 @@ def test_a_packed_layer_is_described_as_it_is(store: PhysicalStore, tmp_path: Pa
     assert layer.descriptor.media_type == COMPRESSIONS[name].media_type
     if name == "gzip":
         assert gzip.decompress(blob) == tar
-
-
-async def test_layers_are_packed_in_another_process_just_as_in_this_one(
-    store: PhysicalStore, tmp_path: Path
-) -> None:
-    arguments = (store.store_root, (store.add("hello-2.12", HELLO),), "zstd")
-
-    there: PackedLayer = await to_process.run_sync(pack_store_paths, *arguments, tmp_path / "there")
-
-    assert there == pack_store_paths(*arguments, tmp_path / "here")
-    assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
-
-
-async def test_errors_come_back_whole_from_another_process(store: PhysicalStore, tmp_path: Path) -> None:
-    odd = store.add("odd", {".wh.gone": b""})
-
-    with pytest.raises(UnsupportedEntryError, match="whiteout") as caught:
-        await to_process.run_sync(pack_store_paths, store.store_root, (odd,), "gzip", tmp_path / "layer")
-
-    assert caught.value.path.endswith("odd/.wh.gone")
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -14,13 +14,6 @@ from chandlery.settings.settings import Settings
 WriteFile = Callable[[str], Path]
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith(("CHANDLERY_", "OTEL_", "NIXERY_")):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture
 def settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteFile:
     """Give a function that writes the settings file."""

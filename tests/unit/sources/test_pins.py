@@ -1,7 +1,5 @@
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,18 +16,11 @@ from chandlery.errors import (
     TooManyReferencesError,
 )
 from chandlery.sources.pins import Misses, Pin, PinLimits, Pins, Resolved
+from tests.support.clock import Clock
 
 SOURCE = "git!https://example.com/set"
 LIMITS = PinLimits(lifetime=3600, patience=0.02, back_off=30)
 NOON = 1_700_000_000.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Upstream:
@@ -57,7 +48,7 @@ class Upstream:
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(NOON)
 
 
 @pytest.fixture
@@ -373,25 +364,6 @@ async def test_a_file_that_cannot_be_written_leaves_pins_in_memory(
     assert "pins can't be kept" in [each["event"] for each in logs]
 
 
-def test_a_kill_at_any_time_leaves_a_file_that_is_whole(file: Path) -> None:
-    script = (
-        "import asyncio, sys; from pathlib import Path; from chandlery.sources.pins import *\n"
-        "async def resolve(reference): return Resolved(reference * 40)\n"
-        "async def main():\n"
-        "    while True:\n"
-        "        pins = Pins(Path(sys.argv[1]), 's', resolve, PinLimits(lifetime=0.0))\n"
-        "        [await pins.get(each) for each in 'abc']\n"
-        "asyncio.run(main())"
-    )
-    for _ in range(5):
-        file.unlink(missing_ok=True)
-        with subprocess.Popen([sys.executable, "-c", script, str(file)]) as process:
-            while not file.exists():
-                assert process.poll() is None
-            process.kill()
-        assert set(json.loads(file.read_bytes())["pins"]) <= set("abc")
-
-
 # Clients that ask for anything
 
 
@@ -478,7 +450,7 @@ steps = st.lists(
 async def test_whatever_happens_a_pin_is_what_upstream_said_last_or_says_that_it_is_not(
     tmp_path_factory: pytest.TempPathFactory, steps: Sequence[str]
 ) -> None:
-    clock, upstream = Clock(), Upstream()
+    clock, upstream = Clock(NOON), Upstream()
     file = tmp_path_factory.mktemp("pins") / "pins.json"
 
     def opened() -> Pins:

@@ -1,25 +1,16 @@
 import asyncio
 import errno
 import os
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from chandlery.errors import StorageError, StorageFullError, TooManyReferencesError
 from chandlery.sources.trees import SourceTrees
+from tests.support.clock import Clock
+from tests.support.source_trees import filled, making, revisions
 
 HOUR = 3600.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -35,22 +26,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def trees(folder: Path, clock: Clock) -> SourceTrees:
     return SourceTrees(folder, "git!here", most=3, most_in_use=10, in_use_for=HOUR, clock=clock)
-
-
-def filled(text: str) -> Callable[[Path], Awaitable[None]]:
-    async def fill(target: Path) -> None:
-        target.mkdir()
-        (target / "default.nix").write_text(text)
-
-    return fill
-
-
-def making(folder: Path) -> list[str]:
-    return os.listdir(folder / "making")
-
-
-def revisions(folder: Path) -> list[str]:
-    return sorted(set(os.listdir(folder)) - {"making", "lock"})
 
 
 async def test_a_tree_is_made_once_and_named_source(trees: SourceTrees, folder: Path) -> None:
@@ -100,26 +75,6 @@ async def test_a_full_disk_is_told_and_nothing_is_left(trees: SourceTrees, folde
     with pytest.raises(StorageFullError):
         await trees.make("a", fail)
     assert revisions(folder) == making(folder) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte; only root can make one."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted")
-    yield small
-    subprocess.run(["umount", small], check=True)
-
-
-async def test_a_real_full_disk_is_told_and_nothing_is_left(small_disk: Path) -> None:
-    trees = SourceTrees(small_disk / "trees", "git!here")
-    with pytest.raises(StorageFullError):
-        await trees.make("a", filled("x" * (2 << 20)))
-    assert revisions(small_disk / "trees") == making(small_disk / "trees") == []
-    await trees.make("a", filled("small"))
 
 
 async def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
@@ -221,30 +176,3 @@ def test_only_one_revision_begins_so(trees: SourceTrees, folder: Path) -> None:
     assert trees.revision("abc") is None
     assert trees.revision("half") is None
     assert trees.revision("x") is None
-
-
-async def test_a_kill_leaves_nothing_half_made_and_what_it_left_is_removed(
-    trees: SourceTrees, folder: Path
-) -> None:
-    script = (
-        "import asyncio, sys; from pathlib import Path; from chandlery.sources.trees import *\n"
-        "async def fill(target):\n"
-        "    target.mkdir(); (target / 'half').touch(); print('half', flush=True)\n"
-        "    await asyncio.Event().wait()\n"
-        "asyncio.run(SourceTrees(Path(sys.argv[1]), 's').make('a', fill))"
-    )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script, str(folder), stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout
-    assert await process.stdout.readline() == b"half\n"
-    # While its maker lives, nobody takes it away.
-    await trees.make("b", filled("b"))
-    assert len(making(folder)) == 1
-    process.kill()
-    await process.wait()
-
-    assert trees.get("a") is None
-    await trees.make("a", filled("whole"))
-    assert making(folder) == []
-    assert (folder / "a/source/default.nix").read_text() == "whole"

@@ -1,6 +1,5 @@
 """What the settings about access and TLS make."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,6 @@ from chandlery.settings.settings import Settings
 
 # Not a real one: nobody logs in here.
 HASH = "$2y$04$" + "." * 53
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("CHANDLERY_"):
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture

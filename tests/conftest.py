@@ -1,0 +1,39 @@
+"""Markers by folder, how many examples hypothesis tries, and an environment without settings."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# What a test in a folder has need of; `unit` has need of nothing.
+_MARKERS = {name: getattr(pytest.mark, name) for name in ("integration", "nix", "end_to_end")}
+_TESTS = Path(__file__).parent
+
+# A contributor waits for the result; CI is thorough.
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=100, deadline=None, print_blob=True)
+
+
+def pytest_configure() -> None:
+    hypothesis.settings.load_profile(
+        os.environ.get("HYPOTHESIS_PROFILE") or ("thorough" if "CI" in os.environ else "quick")
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        room = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
+        if room in _MARKERS:
+            item.add_marker(_MARKERS[room])
+
+
+@pytest.fixture(autouse=True)
+def no_settings() -> Iterator[None]:
+    """Take what says in this environment how a server should be away from the tests."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in list(os.environ):
+            if name.startswith(("CHANDLERY_", "NIXERY_")):
+                environment.delenv(name)
+        yield
