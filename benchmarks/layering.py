@@ -114,7 +114,7 @@ _Kind = Callable[[Draw], tuple[int, ...]]
 # Title, clients, pulls, and how one image is drawn.
 _KINDS: Sequence[tuple[str, int, int, _Kind]] = (
     ("mixed as the given one", 10, 20, lambda draw: draw.several(draw.mixed)),
-    ("small vocabulary, Zipf", 10, 20, lambda draw: draw.several(draw.favourite)),
+    ("small name_prefixes, Zipf", 10, 20, lambda draw: draw.several(draw.favourite)),
     (
         "many small images",
         *(20, 60),

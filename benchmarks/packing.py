@@ -22,7 +22,7 @@ from rich.table import Table
 
 from chandlery.builds.pipeline import MOST_STORE_PATH_LAYERS
 from chandlery.builds.resolver import PackageResolver
-from chandlery.image.name import LATEST, Vocabulary, of_parts
+from chandlery.image.name import LATEST, NamePrefixes, of_parts
 from chandlery.layers.archive import archive, layer_entries, pack_store_paths
 from chandlery.layers.compression import COMPRESSIONS
 from chandlery.layers.store_reader import StoreReader
@@ -76,7 +76,7 @@ async def realised(
     parts: Parts, settings: Settings, *packages: str
 ) -> tuple[Closure, tuple[LayerGroup, ...]]:
     """Give the closure of some packages, built, and its groups, as an image of the Debian set has them."""
-    request = of_parts(packages, LATEST, Vocabulary(Platform.of_host()))
+    request = of_parts(packages, LATEST, NamePrefixes(Platform.of_host()))
     pin = await parts.sources.of("").pin(LATEST, request.platform)
     resolver = PackageResolver(parts.stores.nix, parts.stores.index)
     found = await resolver.resolve(pin, request.platform.nix_system, request.all_packages)

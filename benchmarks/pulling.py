@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from chandlery.image.name import LATEST, Vocabulary, of_parts
+from chandlery.image.name import LATEST, NamePrefixes, of_parts
 from chandlery.oci.documents import Platform
 from chandlery.server.parts import open_images, open_parts
 from chandlery.settings.settings import Settings
@@ -36,7 +36,7 @@ async def table(data_dir: Path) -> Table:
         for title, names in _STEPS:
             seconds = []
             for name in names:
-                request = of_parts(name.split("/"), LATEST, Vocabulary(Platform.of_host()))
+                request = of_parts(name.split("/"), LATEST, NamePrefixes(Platform.of_host()))
                 began = time.perf_counter()
                 image = await builder.image(request)
                 seconds.append(time.perf_counter() - began)

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from chandlery.builds.images import Pulled
-from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.image.name import ImageRequest, NamePrefixes
 from chandlery.machine.deadline import Deadline
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
@@ -23,7 +23,7 @@ from chandlery.oci.documents import (
 )
 from chandlery.storage.blob_store import BlobStore
 
-HOST = Vocabulary(Platform("linux", "amd64"))
+HOST = NamePrefixes(Platform("linux", "amd64"))
 
 
 PIN = PinnedSource("debian", "bookworm", "ab" * 32)

@@ -13,7 +13,7 @@ from chandlery.builds.recipe import BuildOptions
 from chandlery.builds.sqlite_index import SqliteIndex
 from chandlery.builds.stores import Stores
 from chandlery.image import name as image_name
-from chandlery.image.name import LATEST, ImageRequest, Vocabulary
+from chandlery.image.name import LATEST, ImageRequest, NamePrefixes
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.configuration import host_paths
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
@@ -133,7 +133,7 @@ class Workshop:
 
 
 def a_request(*parts: str) -> ImageRequest:
-    return image_name.of_parts(parts, LATEST, Vocabulary(HOST))
+    return image_name.of_parts(parts, LATEST, NamePrefixes(HOST))
 
 
 @asynccontextmanager

@@ -25,7 +25,7 @@ from chandlery.access.tokens import SERVICE, Grant, Tokens
 from chandlery.access.users import Users
 from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
 from chandlery.image import name as image_name
-from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.image.name import ImageRequest, NamePrefixes
 from chandlery.machine.token_buckets import Buckets, SharedTokenBuckets, TokenBuckets
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -130,12 +130,12 @@ class AccessControl:
         if limit:
             _raise_if(self._builds.take(client_key, limit), "builds", limit, "hour")
 
-    def grant(self, client: Client, names: tuple[str, ...], vocabulary: Vocabulary) -> Grant:
+    def grant(self, client: Client, names: tuple[str, ...], name_prefixes: NamePrefixes) -> Grant:
         """Give what a token for a client is good for: those of the repositories that it may pull from."""
         rule, allowed = self._rule(client), set()
         for name in names:
             try:
-                image = image_name.parse(name, image_name.LATEST, vocabulary)
+                image = image_name.parse(name, image_name.LATEST, name_prefixes)
             except ChandleryError:
                 continue
             if not rule.denied(image, self._sources[image.source]):

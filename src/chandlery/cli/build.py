@@ -20,7 +20,7 @@ from chandlery.nix.nix import Nix
 from chandlery.oci import layout as image_output
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, ManifestFormat
-from chandlery.server.parts import open_images, open_parts, vocabulary
+from chandlery.server.parts import name_prefixes, open_images, open_parts
 from chandlery.settings.settings import Settings
 from chandlery.storage.blob_store import BlobStore, content_md5, content_of, local_files
 from chandlery.telemetry import logs
@@ -74,7 +74,7 @@ def build(
         settings_file, data_dir=data_dir, source=source, max_layers=max_layers, compression=compression
     )
     logs.configure(settings.log_format)
-    request = image_name.of_parts(packages, LATEST, vocabulary(settings))
+    request = image_name.of_parts(packages, LATEST, name_prefixes(settings))
     # Attribute paths may have capitals, names of images don't.
     name = name or request.name.lower()
     image_name.check(name, tag or LATEST)

@@ -30,7 +30,7 @@ from chandlery.plan.package_graph import PackageGraph
 from chandlery.plan.popularity import Popularity, known_name
 from chandlery.plan.pull_simulation import Outcome, Simulation, Workload
 from chandlery.plan.strategies import STRATEGIES, LayerGroup, Strategy
-from chandlery.server.parts import open_parts, vocabulary
+from chandlery.server.parts import name_prefixes, open_parts
 from chandlery.settings.settings import Settings
 from chandlery.sources.binary_cache import crawl, open_cache, popularity_of
 from chandlery.telemetry import logs
@@ -187,7 +187,7 @@ def _journal(output: Path) -> Path:
 
 async def _image(settings: Settings, packages: Sequence[str], chosen: Popularity | None) -> PlannedImage:
     """Realise an image's packages, and look up which layers the registry has."""
-    request = image_name.of_parts(packages, LATEST, vocabulary(settings))
+    request = image_name.of_parts(packages, LATEST, name_prefixes(settings))
     async with open_parts(settings) as parts:
         pin = await parts.sources.of("").pin(LATEST, request.platform)
         if chosen is None and pin.popularity:

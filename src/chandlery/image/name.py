@@ -2,7 +2,7 @@
 
 The parts of a repository name are packages, in any order. Before them may stand, in any order, the name of a
 package source, `amd64` or `arm64` for the platform, and names of profiles, such as `shell`. What these are
-called is the `Vocabulary` of a server.
+called is in the `NamePrefixes` of a server.
 """
 
 import re
@@ -26,8 +26,8 @@ LATEST = "latest"
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """What the first parts of image names mean on a server, beside packages.
+class NamePrefixes:
+    """What may stand before the packages of an image name on a server.
 
     `host` is the platform of names that choose none. `sources` are the names of package sources; the one that
     is called `default_source`, if any, is that of names that choose none.
@@ -39,7 +39,7 @@ class Vocabulary:
     profiles: Mapping[str, Profile] = field(default_factory=lambda: SHIPPED)
 
     def kind(self, part: str) -> str:
-        """Tell what a first part is: "platform", "source" or "profile"; empty for a package."""
+        """Return what a part is as a prefix: "platform", "source" or "profile"; empty for a package."""
         if part in ARCHITECTURES:
             return "platform"
         if part in self.sources:
@@ -86,10 +86,10 @@ class ImageRequest:
         return tuple(dict.fromkeys([*self.packages, *self.profile.packages, *BASE_PACKAGES]))
 
 
-def parse(name: str, reference: str, vocabulary: Vocabulary) -> ImageRequest:
+def parse(name: str, reference: str, name_prefixes: NamePrefixes) -> ImageRequest:
     """Read a repository name and a reference. Raises `InvalidNameError` and `InvalidReferenceError`."""
     check(name, reference)
-    return of_parts(name.split("/"), reference, vocabulary)
+    return of_parts(name.split("/"), reference, name_prefixes)
 
 
 def check(name: str, reference: str) -> None:
@@ -111,36 +111,37 @@ def is_part(text: str) -> bool:
     return re.fullmatch(_PART, text) is not None
 
 
-def of_parts(parts: Sequence[str], reference: str, vocabulary: Vocabulary) -> ImageRequest:
-    """Read the parts of an image name: first parts, then attribute paths (which may have capitals here)."""
+def of_parts(parts: Sequence[str], reference: str, name_prefixes: NamePrefixes) -> ImageRequest:
+    """Read the parts of an image name: name prefixes, then attribute paths (which may have capitals here)."""
     name = "/".join(parts)
-    first: dict[str, list[str]] = {"platform": [], "source": [], "profile": []}
+    prefixes: dict[str, list[str]] = {"platform": [], "source": [], "profile": []}
     packages: list[str] = []
     for part in parts:
-        kind = vocabulary.kind(part)
+        kind = name_prefixes.kind(part)
         if packages or not kind:
             packages.append(part)
-        elif part not in first[kind]:
-            first[kind].append(part)
+        elif part not in prefixes[kind]:
+            prefixes[kind].append(part)
     for part in packages:
-        kind = vocabulary.kind(part)
+        kind = name_prefixes.kind(part)
         if kind:
             raise InvalidNameError(
                 name, f"{part} is a {kind} here, and comes before the packages: {part}/{packages[0]}"
             )
     for kind in ("platform", "source"):
-        if len(first[kind]) > 1:
-            raise InvalidNameError(name, f"it asks for {' and for '.join(first[kind])}: choose one")
-    profile = reduce(lambda merged, part: vocabulary.profiles[part].over(merged), first["profile"], Profile())
+        if len(prefixes[kind]) > 1:
+            raise InvalidNameError(name, f"it asks for {' and for '.join(prefixes[kind])}: choose one")
+    profiles = [name_prefixes.profiles[part] for part in prefixes["profile"]]
+    profile = reduce(lambda merged, each: each.over(merged), profiles, Profile())
     if not packages and not profile.packages:
         raise InvalidNameError(name, "it names no package")
-    architecture = next(iter(first["platform"]), None)
-    source = next(iter(first["source"]), "")
+    architecture = next(iter(prefixes["platform"]), None)
+    source = next(iter(prefixes["source"]), "")
     return ImageRequest(
         tuple(sorted(set(packages))),
-        Platform("linux", architecture) if architecture else vocabulary.host,
-        tuple(first["profile"]),
-        "" if source == vocabulary.default_source else source,
+        Platform("linux", architecture) if architecture else name_prefixes.host,
+        tuple(prefixes["profile"]),
+        "" if source == name_prefixes.default_source else source,
         reference,
         profile,
         architecture is None,

@@ -30,7 +30,7 @@ from chandlery.errors import (
     ReferenceNotFoundError,
 )
 from chandlery.image import name as image_name
-from chandlery.image.name import ImageRequest, Vocabulary
+from chandlery.image.name import ImageRequest, NamePrefixes
 from chandlery.machine.deadline import Deadline
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -165,15 +165,15 @@ register_url_convertor("rest", _RestConvertor())
 
 
 def routes(
-    images: ImageSource, blobs: ServedBlobs, vocabulary: Vocabulary, access: Access = _DEFAULT_ACCESS
+    images: ImageSource, blobs: ServedBlobs, name_prefixes: NamePrefixes, access: Access = _DEFAULT_ACCESS
 ) -> list[Route]:
-    """Give the routes of /v2; `vocabulary` is that of image names."""
-    api = _RegistryAPI(images, blobs, vocabulary, access)
+    """Give the routes of /v2; `name_prefixes` is that of image names."""
+    api = _RegistryAPI(images, blobs, name_prefixes, access)
     endpoint = partial(Endpoint, access.control)
     accounts = access.control.accounts if access.control else None
     token_routes = []
     if access.control and accounts:
-        token = TokenEndpoint(access.control, accounts, vocabulary)
+        token = TokenEndpoint(access.control, accounts, name_prefixes)
         token_routes = [Route(TOKEN_PATH, endpoint(token, ("GET", "POST")), name="token")]
     # A name may hold "manifests" or "blobs" as well: {name:rest} takes as much as it can, so the rightmost
     # counts.
@@ -195,11 +195,11 @@ class _RegistryAPI:
     """The handlers, in the order of distribution-spec's table of endpoints."""
 
     def __init__(
-        self, images: ImageSource, blobs: ServedBlobs, vocabulary: Vocabulary, access: Access
+        self, images: ImageSource, blobs: ServedBlobs, name_prefixes: NamePrefixes, access: Access
     ) -> None:
         self._images = images
         self._blobs = blobs
-        self._vocabulary = vocabulary
+        self._name_prefixes = name_prefixes
         self._access = access
         # What not everybody may have, a cache that many share may not keep.
         self._for_ever = f"{'private' if access.control else 'public'}, {_FOR_EVER}"
@@ -351,7 +351,7 @@ class _RegistryAPI:
     async def _image_request(self, request: Request, reference: str = image_name.LATEST) -> ImageRequest:
         """Read the name in a path, and see that its client may ask for it."""
         name = request.path_params["name"]
-        wanted = image_name.parse(name, reference, self._vocabulary)
+        wanted = image_name.parse(name, reference, self._name_prefixes)
         if self._access.control:
             client = await self._access.control.authorize(request, name, wanted)
             request.state.client = client.key

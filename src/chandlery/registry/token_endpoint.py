@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from chandlery.access.authorization import Credentials, Password, parse_authorization, pull_scope, pull_scopes
 from chandlery.access.control import AccessControl, Accounts
 from chandlery.errors import CredentialsError
-from chandlery.image.name import Vocabulary
+from chandlery.image.name import NamePrefixes
 
 # Passwords and scopes are short.
 _LARGEST_FORM = 16 << 10
@@ -22,12 +22,12 @@ _NO_STORE = {"cache-control": "no-store"}
 
 
 class TokenEndpoint:
-    """Answers GET and POST; `vocabulary` is that of image names."""
+    """Answers GET and POST; `name_prefixes` is that of image names."""
 
-    def __init__(self, control: AccessControl, accounts: Accounts, vocabulary: Vocabulary) -> None:
+    def __init__(self, control: AccessControl, accounts: Accounts, name_prefixes: NamePrefixes) -> None:
         self._control = control
         self._accounts = accounts
-        self._vocabulary = vocabulary
+        self._name_prefixes = name_prefixes
 
     async def __call__(self, request: Request) -> Response:
         """Give a token. Raises `CredentialsError` and `RateLimitError`."""
@@ -41,7 +41,7 @@ class TokenEndpoint:
         if credentials is None and not self._accounts.anonymous:
             raise CredentialsError("log in first: this server has users")
         client = await self._control.identify(request, credentials)
-        grant = self._control.grant(client, pull_scopes(scopes), self._vocabulary)
+        grant = self._control.grant(client, pull_scopes(scopes), self._name_prefixes)
         token = self._accounts.tokens.issue(grant)
         answer = {
             "token": token,

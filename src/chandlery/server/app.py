@@ -22,7 +22,7 @@ from chandlery.registry.response_cache import ResponseCache
 from chandlery.registry.waiting import WaitPolicy
 from chandlery.server import monitoring
 from chandlery.server.monitoring import Watchers
-from chandlery.server.parts import Parts, access_control, certificate, open_images, open_parts, vocabulary
+from chandlery.server.parts import Parts, access_control, certificate, name_prefixes, open_images, open_parts
 from chandlery.server.readiness import Readiness
 from chandlery.server.request_log import RequestLog
 from chandlery.server.tls import CertificateWatch
@@ -79,7 +79,7 @@ def create_app(
                 proxies = parse_networks(settings.trusted_proxies)
                 access = Access(WaitPolicy(settings.hold, settings.redirections), proxies, control)
                 blobs = await stack.enter_async_context(maintained(settings, parts.stores, images))
-                app.router.routes.extend(routes(images, blobs, vocabulary(settings), access))
+                app.router.routes.extend(routes(images, blobs, name_prefixes(settings), access))
                 monitoring.count(metrics, images.queue, settings.data_dir)
                 watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
                 pages = monitoring.routes(metrics, _readiness(parts), images.queue, watchers, reports)

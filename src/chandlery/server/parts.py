@@ -19,7 +19,7 @@ from chandlery.builds.recipe import BuildOptions
 from chandlery.builds.sqlite_index import SqliteIndex
 from chandlery.builds.stores import Stores
 from chandlery.errors import InvalidSourceError, SettingsError
-from chandlery.image.name import Vocabulary
+from chandlery.image.name import NamePrefixes
 from chandlery.image.profile import SHIPPED
 from chandlery.layers.root_layer import RootLayerOptions
 from chandlery.machine.download import Address, DownloadFailedError
@@ -122,9 +122,9 @@ def open_sources(settings: Settings, nix: Nix) -> Sources:
     return Sources(sources, settings.default_source)
 
 
-def vocabulary(settings: Settings) -> Vocabulary:
+def name_prefixes(settings: Settings) -> NamePrefixes:
     """Say what the first parts of image names mean."""
-    return Vocabulary(
+    return NamePrefixes(
         Platform.of_host(),
         frozenset(settings.sources),
         settings.default_source,

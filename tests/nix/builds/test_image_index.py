@@ -19,7 +19,7 @@ from chandlery.errors import (
     SourceUnavailableError,
 )
 from chandlery.image import name as image_name
-from chandlery.image.name import Vocabulary
+from chandlery.image.name import NamePrefixes
 from chandlery.machine.deadline import NO_DEADLINE, Deadline
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.nix.pinned_source import PinnedSource
@@ -31,7 +31,7 @@ from tests.support.workshop import Workshop, opened
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
-VOCABULARY = Vocabulary(AMD64)
+NAME_PREFIXES = NamePrefixes(AMD64)
 
 SET = """
 { system }: let
@@ -103,7 +103,7 @@ async def shop(folder: Path, source: BothPlatforms) -> AsyncIterator[Workshop]:
 
 
 async def pull(shop: Workshop, name: str, timeout: float | None = None) -> Pulled:
-    request = image_name.parse(name, "latest", VOCABULARY)
+    request = image_name.parse(name, "latest", NAME_PREFIXES)
     return await shop.images.pull(request, deadline=Deadline.after(timeout), index=True)
 
 
@@ -209,7 +209,7 @@ async def test_a_stale_pin_is_told_once(shop: Workshop, source: BothPlatforms) -
 
 
 async def test_who_takes_no_index_gets_the_hosts_image(shop: Workshop) -> None:
-    request = image_name.parse("everywhere", "latest", VOCABULARY)
+    request = image_name.parse("everywhere", "latest", NAME_PREFIXES)
     pulled = await shop.images.pull(request)
     assert pulled == await pull(shop, "amd64/everywhere")
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from chandlery.access.rules import AccessRules, Rule
-from chandlery.image.name import ImageRequest, Vocabulary, parse
+from chandlery.image.name import ImageRequest, NamePrefixes, parse
 from chandlery.oci.documents import Platform
 
 SOURCE = ("debian!bookworm",)
@@ -12,7 +12,7 @@ ATTRIBUTE_PATHS = st.lists(st.text("abc019", min_size=1, max_size=5), min_size=1
 
 
 def request(name: str) -> ImageRequest:
-    return parse(name, "latest", Vocabulary(Platform("linux", "amd64")))
+    return parse(name, "latest", NamePrefixes(Platform("linux", "amd64")))
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from chandlery.builds.locks import FileBuildLocks
 from chandlery.builds.recipe import BuildOptions, Recipe
 from chandlery.builds.unfinished import UnfinishedBuilds
 from chandlery.image import name as image_name
-from chandlery.image.name import Vocabulary
+from chandlery.image.name import NamePrefixes
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 
 
 def a_recipe(*packages: str) -> Recipe:
-    request = image_name.of_parts(packages, "latest", Vocabulary(Platform("linux", "amd64")))
+    request = image_name.of_parts(packages, "latest", NamePrefixes(Platform("linux", "amd64")))
     return Recipe(PinnedSource("path", "/srv/packages", "0" * 64), request, BuildOptions())
 
 

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from chandlery.errors import InvalidNameError, InvalidReferenceError
 from chandlery.image import name as image_name
-from chandlery.image.name import LATEST, ImageRequest, Vocabulary
+from chandlery.image.name import LATEST, ImageRequest, NamePrefixes
 from chandlery.image.profile import BASE_PACKAGES, SHIPPED, Profile
 from chandlery.oci.documents import Platform
 
 HOST = Platform("linux", "amd64")
 ARM64 = Platform("linux", "arm64")
 WEB = Profile(packages=("nginx",), user="nonroot", exposed_ports=("80",))
-VOCABULARY = Vocabulary(HOST, frozenset({"debian", "ours"}), "debian", {**SHIPPED, "web": WEB})
+NAME_PREFIXES = NamePrefixes(HOST, frozenset({"debian", "ours"}), "debian", {**SHIPPED, "web": WEB})
 META = ("shell", "nonroot", "web", "amd64", "arm64", "debian", "ours")
 SHELL = SHIPPED["shell"]
 
@@ -31,7 +31,7 @@ tags = st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", fullmatch=True).filte
 
 
 def parse(name: str, reference: str = LATEST) -> ImageRequest:
-    return image_name.parse(name, reference, VOCABULARY)
+    return image_name.parse(name, reference, NAME_PREFIXES)
 
 
 @given(packages, tags)
@@ -184,6 +184,6 @@ def test_a_shell_image_has_what_people_expect_in_a_shell() -> None:
 
 
 def test_the_command_line_may_name_packages_with_capitals() -> None:
-    request = image_name.of_parts(["shell", "haskellPackages.Cabal"], LATEST, VOCABULARY)
+    request = image_name.of_parts(["shell", "haskellPackages.Cabal"], LATEST, NAME_PREFIXES)
     assert request.packages == ("haskellPackages.Cabal",)
     assert request.profile == SHELL

@@ -16,7 +16,7 @@ from chandlery.builds.build import Build
 from chandlery.builds.build_queue import QueueLimits
 from chandlery.builds.images import Pulled
 from chandlery.errors import BuildError, StorageFullError
-from chandlery.image.name import Vocabulary
+from chandlery.image.name import NamePrefixes
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, Descriptor, Platform
 from chandlery.registry import api as registry_api
@@ -93,7 +93,7 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
             max_age = 0.0
 
         routes = [
-            *registry_api.routes(NoImages(), AsTheyAre(MemoryBlobStore()), Vocabulary(Platform.of_host())),
+            *registry_api.routes(NoImages(), AsTheyAre(MemoryBlobStore()), NamePrefixes(Platform.of_host())),
             *monitoring.routes(metrics, readiness, queue, watchers),
         ]
         app = Starlette(routes=routes, middleware=[Middleware(RequestLog, metrics=metrics)])
