@@ -49,8 +49,8 @@ IMPURE = {
 NO_IO = {"pathlib.PurePath", "pathlib.PurePosixPath", "os.fsencode", "os.fsdecode"}
 
 STARTS_PROGRAMS = {
-    *("machine.process_pool", "nix.process", "sources.debian.index", "sources.git.repository"),
-    *("demo.sandbox", "demo.demo"),
+    *("machine.program", "machine.process_pool"),
+    "demo.demo",  # a server that goes on beside it
     "server.tls",  # a certificate is tried in a process of its own
 }
 STARTING = re.compile(
@@ -59,8 +59,11 @@ STARTING = re.compile(
 )
 # These say what a program is, and start none.
 HARMLESS = {"asyncio.subprocess", "subprocess.PIPE", "subprocess.DEVNULL", "subprocess.CompletedProcess"}
-# These pass the environment on to the programs that they start, and look for them on PATH.
-READS_THE_ENVIRONMENT = STARTS_PROGRAMS | {"settings.settings", "nix.configuration"}
+# These pass the environment on to the programs that they run, and look for them on PATH.
+READS_THE_ENVIRONMENT = {
+    *("settings.settings", "nix.configuration", "sources.debian.index", "sources.git.repository"),
+    *("machine.process_pool", "demo.demo", "demo.sandbox", "server.tls"),
+}
 ENVIRONMENT = re.compile(r"os\.(environb?|getenvb?|putenv)(\..*)?")
 # With these a check of imports could be walked around.
 DYNAMIC = re.compile(r"importlib\.import_module|importlib\.__import__|runpy\..*")

@@ -13,6 +13,7 @@ that let a program be root among its own files. It is for trying an image out: i
 the use of the processor.
 """
 
+import asyncio
 import gzip
 import os
 import shutil
@@ -28,6 +29,8 @@ from typing import IO, cast
 from zstandard import ZstdDecompressor, ZstdError
 
 from chandlery.errors import ChandleryError
+from chandlery.machine import program
+from chandlery.machine.program import Limits, OutputLimitError, ProgramMissingError, TimeLimitError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -262,11 +265,11 @@ def run(
     stdin: str = "",
     timeout: float = 60,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in an unpacked image until it ends, and give its output and exit code.
+    """Return the output and exit code of a program that runs in an unpacked image until it ends.
 
     `environment` is all that the program gets, and `argv[0]` is looked up in the image with the `PATH` in it.
     Raises `SandboxError` if this machine allows no sandbox, or if the program takes more than `timeout`
-    seconds; it is killed then.
+    seconds; it is stopped then. It runs an event loop, so it can't be called within one.
     """
     for mount_point in (root / "proc", root / "dev"):
         if not os.path.lexists(mount_point):
@@ -276,32 +279,29 @@ def run(
     capabilities = ",".join(("-all", *(f"+{name}" for name in _CAPABILITIES)))
     with tempfile.TemporaryDirectory(prefix="chandlery-") as folder:
         done = Path(folder) / "done"
+        command = [
+            "unshare",
+            *(() if os.geteuid() == 0 else ("--user", "--map-root-user")),
+            *_NAMESPACES,
+            *("sh", "-euc", _SET_UP, "sh", str(root.resolve()), str(done)),
+            # The program's PATH isn't the one that these are found with.
+            *("env", "-i", *(f"{name}={value}" for name, value in environment.items())),
+            *(_find("setpriv"), "--no-new-privs", f"--bounding-set={capabilities}"),
+            *(_find("chroot"), ".", *argv),
+        ]
         try:
-            finished = subprocess.run(
-                [
-                    "unshare",
-                    *(() if os.geteuid() == 0 else ("--user", "--map-root-user")),
-                    *_NAMESPACES,
-                    *("sh", "-euc", _SET_UP, "sh", str(root.resolve()), str(done)),
-                    # The program's PATH isn't the one that these are found with.
-                    *("env", "-i", *(f"{name}={value}" for name, value in environment.items())),
-                    *(_find("setpriv"), "--no-new-privs", f"--bounding-set={capabilities}"),
-                    *(_find("chroot"), ".", *argv),
-                ],
-                input=stdin,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=timeout,
-                check=False,
-            )
-        except FileNotFoundError as error:
-            raise SandboxError(f"{error.filename} was not found: install util-linux") from error
-        except subprocess.TimeoutExpired as error:
+            finished = asyncio.run(program.run(command, os.environ, Limits(timeout), stdin=stdin.encode()))
+        except ProgramMissingError as error:
+            raise SandboxError(f"{error}: install util-linux") from error
+        except TimeLimitError as error:
             raise SandboxError(f"{argv[0]} did not end within {timeout:g} s") from error
+        except OutputLimitError as error:
+            raise SandboxError(f"{argv[0]} was stopped: {error}") from error
+        complaint = finished.stderr.decode(errors="replace")
         if not done.exists():
-            raise SandboxError(f"no sandbox can be made here: {finished.stderr.strip()}: {_advice()}")
-    return finished
+            raise SandboxError(f"no sandbox can be made here: {complaint.strip()}: {_advice()}")
+    output = finished.stdout.decode(errors="replace")
+    return subprocess.CompletedProcess(argv, finished.code, output, complaint)
 
 
 def _find(program: str) -> str:

@@ -25,6 +25,7 @@ from chandlery.errors import (
     StorageFullError,
 )
 from chandlery.machine.disk_errors import is_full, storage_errors
+from chandlery.machine.program import Limits
 from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
@@ -45,7 +46,7 @@ from chandlery.nix.output import (
     says_outdated,
 )
 from chandlery.nix.pinned_source import PinnedSource
-from chandlery.nix.process import Limits, Result, StoppedError, run
+from chandlery.nix.process import Result, StoppedError, run
 from chandlery.nix.store_lock import Passage, StoreGate
 from chandlery.telemetry.build_timings import Timings
 
@@ -377,7 +378,7 @@ class Nix:
     ) -> Result:
         """Run one of Nix's programs; after `timeout` seconds it is stopped, and `StoppedError` raised."""
         environment = self._configuration.environment(purpose)
-        result = await run((program, *arguments), environment, Limits(timeout, memory), on_output)
+        result = await run((program, *arguments), environment, Limits(timeout, memory=memory), on_output)
         if result.code != 0 and self._is_full(result.stderr):
             raise StorageFullError(str(self.store_root))
         if check and result.code != 0:

@@ -1,7 +1,8 @@
 import os
 
 from chandlery.machine import niceness as background
-from chandlery.nix.process import Limits, run
+from chandlery.machine.program import Limits
+from chandlery.nix.process import run
 
 
 async def test_what_is_left_of_nix_is_ended_by_the_kernel() -> None:

@@ -21,8 +21,10 @@ import msgspec
 import structlog
 
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
+from chandlery.machine import program
 from chandlery.machine.durable import durably_replace
 from chandlery.machine.process_pool import ProcessPool
+from chandlery.machine.program import Limits, OutputLimitError, ProgramMissingError, TimeLimitError
 from chandlery.sources.debian.snapshot import DebianLock, parse_packages
 
 log = structlog.get_logger()
@@ -263,42 +265,27 @@ class DebianIndex:
         return found
 
     async def _apt(self, *command: str) -> str:
-        """Run one of apt's programs; give its output, or raise what it said went wrong."""
+        """Return what one of apt's programs prints. Raises `SourceUnavailableError` with its complaint."""
         source = f"debian!{self._suite}"
         environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=environment,
-            )
-        except FileNotFoundError as error:
+            finished = await program.run(command, environment, Limits(_APT_TIMEOUT))
+        except ProgramMissingError as error:
             raise SourceUnavailableError(
-                source, f"{command[0]} was not found: this package set needs Debian's apt on this machine"
+                source, f"{error}: this package set needs Debian's apt on this machine"
             ) from error
-        try:
-            async with asyncio.timeout(_APT_TIMEOUT):
-                output, complaint = await process.communicate()
-        except BaseException as error:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            if isinstance(error, TimeoutError):
-                raise SourceUnavailableError(
-                    source, f"apt did not finish within {_APT_TIMEOUT:g} s"
-                ) from error
-            raise
-        if process.returncode != 0:
-            said = [
-                line for line in complaint.decode(errors="replace").splitlines() if line[:2] in ("E:", "W:")
-            ]
+        except TimeLimitError as error:
+            raise SourceUnavailableError(source, f"apt did not finish within {_APT_TIMEOUT:g} s") from error
+        except OutputLimitError as error:
+            raise SourceUnavailableError(source, f"apt was stopped: {error}") from error
+        if finished.code != 0:
+            complaint = finished.stderr.decode(errors="replace")
+            said = [line for line in complaint.splitlines() if line[:2] in ("E:", "W:")]
             # Errors first: a warning may be about something else.
             said.sort(key=lambda line: line[0])
-            reason = "; ".join(said[:4]) or f"exit code {process.returncode}"
+            reason = "; ".join(said[:4]) or f"exit code {finished.code}"
             raise SourceUnavailableError(source, f"apt said: {reason}")
-        return output.decode(errors="replace")
+        return finished.stdout.decode(errors="replace")
 
     @asynccontextmanager
     async def _exclusively(self) -> AsyncIterator[None]:

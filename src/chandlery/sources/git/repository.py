@@ -12,8 +12,7 @@ import asyncio
 import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from secrets import token_hex
 import structlog
 
 from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, StorageFullError
+from chandlery.machine import program
 from chandlery.machine.disk_errors import storage_errors
 from chandlery.machine.locks import holding
+from chandlery.machine.program import Limits, OutputLimitError, ProgramMissingError, TimeLimitError
 from chandlery.sources.git.address import GitAddress
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -35,9 +36,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _KEPT = "refs/chandlery"
 _MOST_KEPT = 16
 _MOST_PACKS = 30
-
-_LARGEST_OUTPUT = 256 << 20
-_LONGEST_COMPLAINT = 64 << 10
 
 # git-check-ref-format(1), less what means something in a refspec.
 _REFERENCE = re.compile(r"refs/(?:heads|tags)/(?!.*(?:\.\.|@\{|//))[^\x00-\x20\x7f~^:?*\[\\]+")
@@ -257,7 +255,7 @@ class GitRepository:
         """Run git without the operator's configuration, which may name programs to run on files."""
         own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_ATTR_NOSYSTEM": "1"}
         environment = {**_environment(_CONFIG_VARIABLES), **own, **(variables or {})}
-        await self._run((*_OPTIONS, *arguments), environment, self._limits.fetching, silence=None)
+        await self._run((*_OPTIONS, *arguments), environment, self._limits.fetching, remote=False)
 
     async def _remote_variables(self) -> dict[str, str]:
         variables = _environment()
@@ -288,56 +286,31 @@ class GitRepository:
         arguments: Sequence[str],
         variables: Mapping[str, str],
         limit: float,
-        silence: float | None = 0.0,
+        *,
+        remote: bool = True,
     ) -> str:
-        """Run git, and give its output; after `limit` seconds, or `silence` on its side, it is stopped."""
-        silence = self._limits.silence if silence == 0.0 else silence
+        """Return what git prints; after `limit` seconds it is stopped, and when a `remote` says nothing."""
         try:
-            process = await asyncio.create_subprocess_exec(
-                "git",
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=dict(variables),
+            finished = await program.run(
+                ("git", *arguments),
+                variables,
+                Limits(limit, silence=self._limits.silence if remote else None),
                 # Whatever repository the server was started in has no say.
-                cwd="/",
-                # Without a terminal nothing can ask for a password; and what git starts is stopped with it.
-                start_new_session=True,
+                folder=Path("/"),
             )
-        except FileNotFoundError as error:
+        except ProgramMissingError as error:
             raise SourceUnavailableError(
                 self._text, "git was not found: install it (on Debian: apt-get install git)"
             ) from error
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + limit
-        try:
-            async with asyncio.timeout_at(deadline) as timeout:
+        except TimeLimitError as error:
+            raise _GitError(f"{_what(arguments)} took too long, or the server said nothing") from error
+        except OutputLimitError as error:
+            raise _GitError(f"{_what(arguments)} was stopped: {error}") from error
+        if finished.code != 0:
+            raise self._failure(arguments, finished.code, finished.stderr.decode(errors="replace"))
+        return finished.stdout.decode(errors="replace")
 
-                def heard() -> None:
-                    if silence is not None:
-                        timeout.reschedule(min(deadline, loop.time() + silence))
-
-                heard()
-                if process.stdout is None or process.stderr is None:
-                    raise _GitError("git has no output")  # asked for above; this tells the type checker
-                output, complaint = await asyncio.gather(
-                    _read(process.stdout, heard, _LARGEST_OUTPUT, from_the_end=False),
-                    _read(process.stderr, heard, _LONGEST_COMPLAINT, from_the_end=True),
-                )
-                await process.wait()
-        except BaseException as error:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-            if isinstance(error, TimeoutError):
-                raise _GitError(f"{_what(arguments)} took too long, or the server said nothing") from error
-            raise
-        if process.returncode != 0:
-            raise self._failure(arguments, process.returncode, complaint.decode(errors="replace"))
-        return output.decode(errors="replace")
-
-    def _failure(self, arguments: Sequence[str], code: int | None, complaint: str) -> Exception:
+    def _failure(self, arguments: Sequence[str], code: int, complaint: str) -> Exception:
         if "No space left on device" in complaint or "Disk quota exceeded" in complaint:
             return StorageFullError(str(self._folder))
         lines = (line.strip() for line in re.split(r"[\r\n]+", complaint))
@@ -380,18 +353,3 @@ def _environment(without: Sequence[str] = ()) -> dict[str, str]:
 def _what(arguments: Sequence[str]) -> str:
     names = ("ls-remote", "fetch", "init", "read-tree", "checkout-index", "repack", "prune", "cat-file")
     return f"git {next((each for each in arguments if each in names), 'config')}"
-
-
-async def _read(
-    stream: asyncio.StreamReader, heard: Callable[[], None], most: int, *, from_the_end: bool
-) -> bytes:
-    """Read to the end; keep so many bytes."""
-    kept = bytearray()
-    while block := await stream.read(1 << 16):
-        heard()
-        kept += block
-        if len(kept) > most:
-            if not from_the_end:
-                raise _GitError(f"git said more than {most >> 20} MiB")
-            del kept[:-most]
-    return bytes(kept)
