@@ -65,6 +65,7 @@ READS_THE_ENVIRONMENT = {
     *("machine.process_pool", "demo.demo", "demo.sandbox", "server.tls"),
 }
 ENVIRONMENT = re.compile(r"os\.(environb?|getenvb?|putenv)(\..*)?")
+LOCKING = re.compile(r"fcntl(\..*)?|os\.lockf")
 # With these a check of imports could be walked around.
 DYNAMIC = re.compile(r"importlib\.import_module|importlib\.__import__|runpy\..*")
 NIX_PROGRAM = re.compile(r"nix-(store|build|instantiate|env|shell|channel|daemon|collect-garbage|hash)")
@@ -182,6 +183,12 @@ def test_only_the_settings_are_read_from_the_environment(module: str) -> None:
 def test_few_modules_start_programs(module: str) -> None:
     starting = {name for name in used(TREES[module]) if STARTING.fullmatch(name)} - HARMLESS
     assert not starting or module in STARTS_PROGRAMS
+
+
+@each_module
+def test_only_one_module_locks_files(module: str) -> None:
+    locking = {name for name in used(TREES[module]) if LOCKING.fullmatch(name)}
+    assert not locking or module == "machine.locks"
 
 
 @each_module

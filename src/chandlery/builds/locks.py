@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 
 from chandlery.machine.disk_errors import storage_errors
-from chandlery.machine.locks import is_locked, open_locked
+from chandlery.machine.locks import open_locked, try_lock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -113,7 +113,7 @@ class FileBuildLocks:
     async def owner(self, key: str) -> str | None:
         """See `BuildLocks`."""
         with suppress(OSError), self._file(key).open("rb", buffering=0) as file:
-            if is_locked(file.fileno()):
+            if not try_lock(file.fileno(), shared=True):
                 return file.read(_LONGEST_ID).decode(errors="replace")
         return None
 

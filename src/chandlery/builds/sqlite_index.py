@@ -31,7 +31,7 @@ from chandlery.builds.index import RecordedBlob, RecordedImage
 from chandlery.builds.recipe import Recipe
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.machine.disk_errors import is_full
-from chandlery.machine.locks import locked
+from chandlery.machine.locks import exclusive
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, PackedLayer
 
@@ -252,7 +252,7 @@ class _Tables:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # SQLite's own locks don't cover the change to WAL, nor moving a broken file aside.
-            with locked(folder):
+            with exclusive(folder):
                 self._writer = _open_or_start_anew(path)
             self._reader = _connect(path)
         except (OSError, sqlite3.Error) as error:

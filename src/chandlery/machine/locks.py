@@ -1,4 +1,8 @@
-"""Locks between processes (flock(2)): the kernel frees them when a process dies, by kill -9 too."""
+"""Locks between processes (flock(2)): the kernel frees them when a process dies, by kill -9 too.
+
+What is locked is a file or a folder that is open, by its descriptor: closing it frees the lock. A shared lock
+keeps out those who want it for themselves. Two descriptors exclude each other within one process as well.
+"""
 
 import asyncio
 import fcntl
@@ -15,48 +19,73 @@ _POLL = 0.005
 _SUCCESSION = 1.0
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that lock the same folder waiting, for a moment: while it is opened."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def open_lock(path: Path, *, make: bool = True) -> int:
+    """Return the descriptor of a file that can be locked, made if need be; or else of a folder, too."""
+    return os.open(path, (os.O_RDWR | os.O_CREAT if make else os.O_RDONLY) | os.O_CLOEXEC, 0o666)
+
+
+def lock(descriptor: int, *, shared: bool = False) -> None:
+    """Take the lock of an open file or folder; the thread waits until others have freed it."""
+    fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file or folder; return False if others have it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def open_locked(file: Path) -> int | None:
+    """Return the descriptor of a file, which is made if need be and locked here; None if others have it."""
+    descriptor = open_lock(file)
+    if try_lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def unlock(descriptor: int) -> None:
+    """Free the lock of a file or folder that stays open."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether somebody has the lock of a file or folder. Raises `FileNotFoundError`."""
+    with _opened(path, make=False) as descriptor:
+        return not try_lock(descriptor)
 
 
 @contextmanager
-def locked_file(file: Path) -> Iterator[None]:
-    """Likewise, with a file of its own that is made for it."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def exclusive(path: Path, *, make: bool = False) -> Iterator[None]:
+    """Keep others that want the same lock waiting, for a moment; `make` a file for it if need be."""
+    with _opened(path, make=make) as descriptor:
+        lock(descriptor)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @asynccontextmanager
-async def holding(folder: Path, operation: int = fcntl.LOCK_EX) -> AsyncIterator[None]:
-    """Hold a folder's lock, against others of this process as well (flock(2): LOCK_EX or LOCK_SH).
+async def holding(path: Path, *, shared: bool = False, make: bool = False) -> AsyncIterator[None]:
+    """Hold a lock, alone or `shared` with others; `make` a file for it if need be.
 
     The event loop goes on while others have it, and no thread waits.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        while not try_lock(descriptor, operation):  # noqa: ASYNC110 (a lock has no event)
+    with _opened(path, make=make) as descriptor:
+        while not try_lock(descriptor, shared=shared):  # noqa: ASYNC110 (a lock has no event)
             await asyncio.sleep(_POLL)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @asynccontextmanager
-async def on_duty(file: Path) -> AsyncIterator[None]:
-    """Wait until no other process does what this file stands for: one does, until it ends or dies."""
+async def leader(file: Path) -> AsyncIterator[None]:
+    """Wait until this process leads in what a file stands for: one does, until it ends or dies.
+
+    Raises `StorageError` if the file can't be made.
+    """
     with storage_errors(file.parent):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_lock(file)
     try:
         while not try_lock(descriptor):  # noqa: ASYNC110 (a lock has no event)
             await asyncio.sleep(_SUCCESSION)
@@ -65,24 +94,10 @@ async def on_duty(file: Path) -> AsyncIterator[None]:
         os.close(descriptor)
 
 
-def try_lock(descriptor: int, operation: int = fcntl.LOCK_EX) -> bool:
-    """Take the lock of an open file or folder (flock(2): LOCK_EX or LOCK_SH), unless others have it."""
+@contextmanager
+def _opened(path: Path, *, make: bool) -> Iterator[int]:
+    descriptor = open_lock(path, make=make)
     try:
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def open_locked(file: Path) -> int | None:
-    """Open a file, which is made if it isn't there, and take its lock; None if it is locked already."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if try_lock(descriptor):
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def is_locked(descriptor: int) -> bool:
-    """Return whether another process has the lock of an open file; if none has, it is shared from now on."""
-    return not try_lock(descriptor, fcntl.LOCK_SH)
+        yield descriptor
+    finally:
+        os.close(descriptor)

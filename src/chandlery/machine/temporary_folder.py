@@ -7,7 +7,6 @@ The kernel lets go of a lock (flock) when its process dies, by kill -9 too; so a
 left behind, and whoever comes next removes it. A `chandlery build` beside a running server is left alone.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import structlog
 
 from chandlery.errors import StorageFullError
 from chandlery.machine.disk_errors import FULL, storage_errors
-from chandlery.machine.locks import locked, try_lock
+from chandlery.machine.locks import exclusive, is_locked, lock, open_lock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -36,11 +35,11 @@ class TemporaryFolder:
         self.path = parent / f"{os.getpid()}-{token_hex(8)}"
         with storage_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            with locked(parent):
+            with exclusive(parent):
                 _sweep(parent)
                 self.path.mkdir()
-                self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._lock = open_lock(self.path / "lock")
+                lock(self._lock)
 
     @contextmanager
     def file(self) -> Iterator[Path]:
@@ -65,7 +64,7 @@ class TemporaryFolder:
 
     def sweep(self) -> None:
         """Remove what processes that died since have left."""
-        with storage_errors(self._parent), locked(self._parent):
+        with storage_errors(self._parent), exclusive(self._parent):
             _sweep(self._parent)
 
     def close(self) -> None:
@@ -90,10 +89,6 @@ def _sweep(parent: Path) -> None:
 
 def _is_alive(folder: Path) -> bool:
     try:
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        return is_locked(folder / "lock")
     except FileNotFoundError:
         return False
-    try:
-        return not try_lock(lock, fcntl.LOCK_EX)
-    finally:
-        os.close(lock)

@@ -5,7 +5,6 @@ will be full (the generic cell rate algorithm, ITU-T I.371): a client that isn't
 the clients that did nothing for longest can be forgotten. Several processes can share buckets in a file.
 """
 
-import fcntl
 import mmap
 import os
 import struct
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
+
+from chandlery.machine.locks import lock, unlock
 
 _MOST_CLIENTS = 10_000
 
@@ -76,7 +77,7 @@ class SharedTokenBuckets:
         # 0 is a place that nobody has.
         key = int.from_bytes(blake2b(client.encode(errors="surrogatepass"), digest_size=8).digest()) or 1
         row = key % _ROWS * _ROW_SIZE
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        lock(self._file)
         try:
             places = list(_PLACE.iter_unpack(self._table[row : row + _ROW_SIZE]))
             mine = [number for number, (owner, _) in enumerate(places) if owner == key]
@@ -86,7 +87,7 @@ class SharedTokenBuckets:
             if not wait:
                 _PLACE.pack_into(self._table, row + place * _PLACE.size, key, full_at)
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            unlock(self._file)
         return wait
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from chandlery.builds.images import Images
 from chandlery.builds.stores import Stores
-from chandlery.machine.locks import on_duty
+from chandlery.machine.locks import leader
 from chandlery.maintenance.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.maintenance.run_marker import RunMarker
@@ -64,7 +64,7 @@ async def by_one(lock: Path | None, works: Sequence[Work]) -> AsyncIterator[None
     """
 
     async def work() -> None:
-        async with on_duty(lock) if lock else nullcontext(), AsyncExitStack() as stack:
+        async with leader(lock) if lock else nullcontext(), AsyncExitStack() as stack:
             for each in works:
                 await stack.enter_async_context(in_background(each))
             await asyncio.Event().wait()

@@ -3,12 +3,11 @@
 running   there while a server runs, and after it was killed; then it says since when files are in doubt
 """
 
-import fcntl
 import os
 from pathlib import Path
 
 from chandlery.machine.disk_errors import storage_errors
-from chandlery.machine.locks import locked, try_lock
+from chandlery.machine.locks import exclusive, is_locked, lock, open_lock, try_lock
 
 # Bytes of a time that is written down.
 _LONGEST_TIME = 32
@@ -28,25 +27,21 @@ class RunMarker:
     def is_held(self) -> bool:
         """Tell whether a server runs; what the file says is left as it is."""
         try:
-            lock = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+            return is_locked(self._file)
         except FileNotFoundError:
             return False
-        try:
-            return not try_lock(lock)
-        finally:
-            os.close(lock)
 
     def begin(self) -> float | None:
         """Note that a server runs; give since when files are in doubt, or None if none was killed."""
         folder = self._file.parent
-        with storage_errors(folder), locked(folder):
+        with storage_errors(folder), exclusive(folder):
             was_there = self._file.exists()
-            self._lock = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock = open_lock(self._file)
             since = self._in_doubt_since()
             if since is None and was_there and self._is_alone():
                 since = self._file.stat().st_mtime
                 os.pwrite(self._lock, str(since).encode(), 0)
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            lock(self._lock, shared=True)
         return since
 
     def whole(self) -> None:

@@ -10,7 +10,6 @@ a gate while they begin, any number at once; a collector waits until all have pa
 """
 
 import asyncio
-import fcntl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -60,8 +59,8 @@ class StoreGate:
         """Keep collectors out while a build begins, at the latest until the body ends."""
         self._make()
         passage = Passage(self._begun_after)
-        async with holding(self._gate, fcntl.LOCK_EX):
-            await passage.inside.enter_async_context(holding(self._inside, fcntl.LOCK_SH))
+        async with holding(self._gate):
+            await passage.inside.enter_async_context(holding(self._inside, shared=True))
         try:
             yield passage
         finally:
@@ -71,7 +70,7 @@ class StoreGate:
     async def collecting(self) -> AsyncIterator[None]:
         """Wait until all builds that begin have begun, and keep others from beginning."""
         self._make()
-        async with holding(self._gate, fcntl.LOCK_EX), holding(self._inside, fcntl.LOCK_EX):
+        async with holding(self._gate), holding(self._inside):
             yield
 
     def _make(self) -> None:

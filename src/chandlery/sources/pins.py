@@ -35,7 +35,7 @@ from chandlery.errors import (
 )
 from chandlery.machine.disk_errors import storage_errors
 from chandlery.machine.durable import durably_replace
-from chandlery.machine.locks import locked_file
+from chandlery.machine.locks import exclusive
 from chandlery.machine.token_buckets import TokenBuckets
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -399,7 +399,7 @@ class Pins:
         with storage_errors(self._file.parent):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # Another process may have written since.
-            with locked_file(self._file.with_name(f"{self._file.name}.lock")):
+            with exclusive(self._file.with_name(f"{self._file.name}.lock"), make=True):
                 changed = self._changed(self._load(), reference, pin, resolved)
                 durably_replace(self._file, msgspec.json.format(msgspec.json.encode(changed), indent=1))
         return changed

@@ -11,12 +11,11 @@ made while there are very many of those. Processes may share the folder.
 """
 
 import asyncio
-import fcntl
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -24,7 +23,7 @@ import structlog
 
 from chandlery.errors import TooManyReferencesError
 from chandlery.machine.disk_errors import storage_errors
-from chandlery.machine.locks import locked_file
+from chandlery.machine.locks import exclusive, is_locked, lock, open_lock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -114,10 +113,8 @@ class SourceTrees:
         now = self._clock()
         os.utime(folder, (now, now))
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with locked_file(self._folder / "lock"):
-            yield
+    def _locked(self) -> AbstractContextManager[None]:
+        return exclusive(self._folder / "lock", make=True)
 
     @asynccontextmanager
     async def _aside(self) -> AsyncIterator[Path]:
@@ -125,8 +122,8 @@ class SourceTrees:
         aside = self._folder / _MAKING / token_hex(8)
         with self._locked():
             aside.mkdir()
-            lock = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = open_lock(aside, make=False)
+            lock(made)
         try:
             yield aside
         finally:
@@ -134,7 +131,7 @@ class SourceTrees:
                 if aside.exists():
                     await asyncio.shield(asyncio.to_thread(_remove, aside))
             finally:
-                os.close(lock)
+                os.close(made)
 
     def _name(self, aside: Path, revision: str) -> None:
         # After a power cut, what has a name must be whole.
@@ -186,19 +183,11 @@ class SourceTrees:
 
 
 def _is_left(folder: Path) -> bool:
-    """Tell whether nobody who makes this holds its lock any more."""
+    """Return whether nobody who makes this holds its lock any more."""
     try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return not is_locked(folder)
     except OSError:
         return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(lock)
 
 
 def _remove(folder: Path) -> None:

@@ -17,7 +17,7 @@ from chandlery.builds.sqlite_index import _Tables as BuildIndex
 from chandlery.errors import StorageError, StorageFullError
 from chandlery.image.name import ImageRequest
 from chandlery.layers.root_layer import RootLayerOptions
-from chandlery.machine.locks import locked
+from chandlery.machine.locks import exclusive
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -394,7 +394,7 @@ async def test_threads_share_an_index(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_opens_an_index(tmp_path: Path) -> None:
     opener = threading.Thread(target=lambda: BuildIndex(tmp_path).close())
-    with locked(tmp_path):
+    with exclusive(tmp_path):
         opener.start()
         opener.join(timeout=0.2)
         assert opener.is_alive()

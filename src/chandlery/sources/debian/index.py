@@ -5,14 +5,12 @@ mirrors are those that this machine's apt is configured with, unless the setting
 here. A lock is a folder named by its revision, made aside and renamed, so that what is there is whole.
 """
 
-import asyncio
-import fcntl
 import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +21,7 @@ import structlog
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
 from chandlery.machine import program
 from chandlery.machine.durable import durably_replace
+from chandlery.machine.locks import holding
 from chandlery.machine.process_pool import ProcessPool
 from chandlery.machine.program import Limits, OutputLimitError, ProgramMissingError, TimeLimitError
 from chandlery.sources.debian.snapshot import DebianLock, parse_packages
@@ -162,7 +161,8 @@ class DebianIndex:
         `SourceUnavailableError`; what was kept before stays.
         """
         began = time.monotonic()
-        async with self._exclusively():
+        self._folder.mkdir(parents=True, exist_ok=True)
+        async with holding(self._folder / "lock", make=True):
             # One that waited for another's fetch takes what that gave.
             if self.age() >= max_age and self.age() > time.monotonic() - began:
                 await self._fetch()
@@ -286,14 +286,6 @@ class DebianIndex:
             reason = "; ".join(said[:4]) or f"exit code {finished.code}"
             raise SourceUnavailableError(source, f"apt said: {reason}")
         return finished.stdout.decode(errors="replace")
-
-    @asynccontextmanager
-    async def _exclusively(self) -> AsyncIterator[None]:
-        """Hold the folder's lock file, against other tasks and other processes alike."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "lock").open("w") as file:
-            await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
-            yield
 
 
 def keep_lock(folder: Path, texts: Sequence[str], addresses: Sequence[str]) -> tuple[str, tuple[str, ...]]:
