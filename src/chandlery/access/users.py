@@ -12,12 +12,12 @@ import os
 import re
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import bcrypt
 import structlog
+from cachetools import TTLCache
 
 from chandlery.errors import SettingsError
 
@@ -45,10 +45,9 @@ class Users:
     ) -> None:
         self._file = file
         self._checkpw = checkpw
-        self._clock = clock
         self._signature = _signature(file)
         self._hashes = _read(file)
-        self._proven_until: OrderedDict[bytes, float] = OrderedDict()
+        self._proven: TTLCache[bytes, bool] = TTLCache(_MOST_REMEMBERED, _REMEMBERED_SECONDS, timer=clock)
         self._key = secrets.token_bytes(32)
         self._slots = asyncio.Semaphore(_HASHES_AT_ONCE)
 
@@ -56,7 +55,7 @@ class Users:
         """Tell whether this was found right a short time ago."""
         self._refresh()
         stored = self._hashes.get(user)
-        return stored is not None and self._is_proven(self._proof(stored, password))
+        return stored is not None and self._proof(stored, password) in self._proven
 
     async def check(self, user: str, password: str) -> bool:
         """Tell whether there is such a user with this password."""
@@ -66,11 +65,11 @@ class Users:
         proof = self._proof(stored, password)
         async with self._slots:
             # A request beside this one may have had the same question.
-            if not self._is_proven(proof):
+            if proof not in self._proven:
                 right = await asyncio.to_thread(self._checkpw, _cut(password), stored.encode())
                 if known is None or not right:
                     return False
-                self._remember(proof)
+                self._proven[proof] = True
         return True
 
     def version(self, user: str) -> str | None:
@@ -82,15 +81,6 @@ class Users:
     def _proof(self, stored: str, password: str) -> bytes:
         # With the hash in it: a new password makes what is remembered of the old one worthless.
         return hashlib.blake2b(b"%s:%s" % (stored.encode(), _cut(password)), key=self._key).digest()
-
-    def _is_proven(self, proof: bytes) -> bool:
-        return self._proven_until.get(proof, 0.0) > self._clock()
-
-    def _remember(self, proof: bytes) -> None:
-        self._proven_until[proof] = self._clock() + _REMEMBERED_SECONDS
-        self._proven_until.move_to_end(proof)
-        if len(self._proven_until) > _MOST_REMEMBERED:
-            self._proven_until.popitem(last=False)
 
     def _stand_in(self) -> str:
         """Give a hash for a name that isn't there, as slow as the others and of no password that is known."""

@@ -12,13 +12,13 @@ import asyncio
 import hashlib
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
 import zstandard
+from cachetools import LRUCache
 
 from chandlery.machine.download import Address, DownloadFailedError, DownloadLimits, fetch, retried
 from chandlery.machine.durable import durably_replace
@@ -39,7 +39,7 @@ class PopularityTables:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "popularity"
-        self._read: OrderedDict[str, Popularity] = OrderedDict()
+        self._read: LRUCache[str, Popularity] = LRUCache(_MOST_READ)
         self._identities: dict[Path, str] = {}
         self._lock = threading.Lock()
 
@@ -94,11 +94,11 @@ class PopularityTables:
             return Popularity()
         with self._lock:
             found = self._read.get(identity) or self._kept(identity)
-            self._remember(found)
+            self._read[identity] = found
         return found
 
     def _keep(self, table: Popularity) -> None:
-        self._remember(table)
+        self._read[table.identity] = table
         path = self._path(table.identity)
         try:
             if path.exists():
@@ -122,12 +122,6 @@ class PopularityTables:
             log.warning("a table of popularity is damaged", file=str(path))
             raise KeyError(identity)
         return table
-
-    def _remember(self, table: Popularity) -> None:
-        self._read[table.identity] = table
-        self._read.move_to_end(table.identity)
-        while len(self._read) > _MOST_READ:
-            self._read.popitem(last=False)
 
     def _trim(self) -> None:
         """Remove those that were used the longest ago."""

@@ -9,11 +9,12 @@ import mmap
 import os
 import struct
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
+
+from cachetools import LRUCache
 
 from chandlery.machine.locks import lock, unlock
 
@@ -43,20 +44,15 @@ class TokenBuckets:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._period = period
-        self._most_clients = most_clients
         self._clock = clock
-        self._full_at: OrderedDict[str, float] = OrderedDict()
+        self._full_at: LRUCache[str, float] = LRUCache(most_clients)
 
     def take(self, client: str, limit: int) -> float:
         """See `Buckets`."""
         wait, full_at = _take(self._full_at.get(client, 0.0), self._clock(), self._period, limit)
-        if wait:
-            return wait
-        self._full_at[client] = full_at
-        self._full_at.move_to_end(client)
-        if len(self._full_at) > self._most_clients:
-            self._full_at.popitem(last=False)
-        return 0.0
+        if not wait:
+            self._full_at[client] = full_at
+        return wait
 
 
 class SharedTokenBuckets:

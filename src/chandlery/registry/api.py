@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 
 import msgspec
 import structlog
+from cachetools import LRUCache
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
@@ -42,7 +43,6 @@ from chandlery.oci.documents import (
     canonical_json,
 )
 from chandlery.registry.endpoint import Endpoint, RefusedError, error_response
-from chandlery.registry.lru_cache import BoundedMemory
 from chandlery.registry.negotiation import accepted_formats, entity_tag, is_known, is_unwanted, wanted_ranges
 from chandlery.registry.ranges import Multipart, UnsatisfiableRangeError
 from chandlery.registry.response_cache import CachedResponse
@@ -203,7 +203,7 @@ class _RegistryAPI:
         self._access = access
         # What not everybody may have, a cache that many share may not keep.
         self._for_ever = f"{'private' if access.control else 'public'}, {_FOR_EVER}"
-        self._contents: BoundedMemory[Digest, bytes] = BoundedMemory(_MANIFESTS_IN_MEMORY)
+        self._contents: LRUCache[Digest, bytes] = LRUCache(_MANIFESTS_IN_MEMORY, getsizeof=len)
 
     async def base(self, request: Request) -> Response:
         """Say that this is a registry (end-1), to clients that may know; they ask so whether to log in."""
@@ -392,8 +392,8 @@ class _RegistryAPI:
         content = self._contents.get(digest)
         if content is None:
             content = await content_of(self._blobs, digest)
-            if Digest.of(content) == digest:
-                self._contents.put(digest, content, len(content))
+            if Digest.of(content) == digest and len(content) <= self._contents.maxsize:
+                self._contents[digest] = content
         return content
 
     def _partial_blob(

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+from cachetools import LRUCache
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chandlery.errors import ChandleryError
-from chandlery.registry.lru_cache import BoundedMemory
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -77,6 +77,7 @@ class _Answer:
     check: Callable[[], Awaitable[bool]]
     lifetime: float
     holds_until: float
+    size: int
     waiting: list["asyncio.Future[bool]"] = field(default_factory=list)
     checking: "asyncio.Task[None] | None" = None
 
@@ -86,12 +87,12 @@ class ResponseCache:
 
     def __init__(self, app: ASGIApp, most: int = _MOST) -> None:
         self._app = app
-        self._answers: BoundedMemory[_Key, _Answer] = BoundedMemory(most)
+        self._answers: LRUCache[_Key, _Answer] = LRUCache(most, getsizeof=lambda answer: answer.size)
 
     @property
     def size(self) -> int:
         """The bytes that answers take."""
-        return self._answers.size
+        return int(self._answers.currsize)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request from memory, or let the application do it."""
@@ -115,13 +116,16 @@ def keep(scope: Scope, response: Response) -> None:
     headers = tuple(response.raw_headers)
     start = {"type": "http.response.start", "status": response.status_code, "headers": headers}
     body = {"type": "http.response.body", "body": response.body}
+    _, path, query, accept = key
     answer = _Answer(
         *(start, body, scope.get("route"), response.check, response.lifetime),
         holds_until=time.monotonic() + response.lifetime,
+        size=_OVERHEAD + len(response.body) + len(path) + len(query) + sum(map(len, accept)),
     )
-    _, path, query, accept = key
-    size = _OVERHEAD + len(response.body) + len(path) + len(query) + sum(map(len, accept))
-    answers.put(key, answer, size)
+    if answer.size <= answers.maxsize:
+        answers[key] = answer
+    else:
+        answers.pop(key, None)
 
 
 def _key(scope: Scope) -> _Key | None:

@@ -32,7 +32,7 @@ from chandlery.nix.closure import StorePath
 from chandlery.nix.output import DerivationMissingError, LockedFlake
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
-from chandlery.sources.negative_cache import FailureMemory
+from chandlery.sources.negative_cache import NegativeCache
 from chandlery.sources.pins import PinLimits, Pins, Resolved
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -169,7 +169,7 @@ class FlakeSource:
         self._wanted: Sequence[str] = ()
         self._fetching: dict[str, asyncio.Lock] = {}
         limits = limits or PinLimits()
-        self._failures = FailureMemory(limits.back_off)
+        self._failures = NegativeCache(limits.back_off)
         self._pins = Pins(data / "pins.json", self.text, self._resolve, limits)
 
     @property

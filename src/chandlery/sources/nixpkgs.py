@@ -40,8 +40,8 @@ from chandlery.machine.tarball import TarballError, unpack
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.arguments import PinnedArguments, SetArguments
-from chandlery.sources.negative_cache import FailureMemory
-from chandlery.sources.pins import Misses, PinLimits, Pins, Resolved
+from chandlery.sources.negative_cache import MissingReferences, NegativeCache
+from chandlery.sources.pins import PinLimits, Pins, Resolved
 from chandlery.sources.trees import SourceTrees
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -125,9 +125,11 @@ class NixpkgsSource:
         self._tags = tuple(tags)
         self._downloads = downloads or DownloadLimits()
         limits = limits or PinLimits()
-        self._failures = FailureMemory(limits.back_off)
+        self._failures = NegativeCache(limits.back_off)
         self._trees = SourceTrees(data, self.text, most=_MOST_TREES)
-        self._pins = Pins(data / "pins.json", self.text, self._resolve, limits, misses=Misses(self.text))
+        self._pins = Pins(
+            data / "pins.json", self.text, self._resolve, limits, missing=MissingReferences(self.text)
+        )
 
     @property
     def platforms(self) -> tuple[Platform, ...]:

@@ -10,13 +10,12 @@ that was deleted, perhaps because what it held should run nowhere, would otherwi
 was pinned to keeps the tag of its revision.
 
 References come from clients. Those that upstream doesn't have are never written down, what is remembered of
-them is bounded (`Misses`), and a few resolutions run at once.
+them is bounded (`MissingReferences`), and a few resolutions run at once.
 """
 
 import asyncio
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,14 +35,13 @@ from chandlery.errors import (
 from chandlery.machine.disk_errors import storage_errors
 from chandlery.machine.durable import durably_replace
 from chandlery.machine.locks import exclusive
-from chandlery.machine.token_buckets import TokenBuckets
+from chandlery.sources.negative_cache import MissingReferences, NegativeCache
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # What is remembered at most, of each source.
 _MOST_PINS = 256
 _MOST_REVISIONS = 1024
-_MOST_FAILURES = 1024
 
 _RESOLUTIONS_AT_ONCE = 4
 _RESOLUTIONS_WAITING = 64  # of references that have no pin
@@ -111,54 +109,9 @@ class _Stored(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
-    error: ChandleryError
-    retry_at: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Attempt:
     began: float
     task: "asyncio.Task[Pin]"
-
-
-class Misses:
-    """References that upstream hasn't: each is asked for once in `memory` seconds, and few in a minute."""
-
-    def __init__(
-        self,
-        source: str,
-        *,
-        memory: float = 60.0,
-        per_minute: int = 30,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._source = source
-        self._memory = memory
-        self._per_minute = per_minute
-        self._clock = clock
-        self._known: OrderedDict[str, tuple[float, ReferenceNotFoundError]] = OrderedDict()
-        self._buckets = TokenBuckets(60.0, most_clients=1, clock=clock)
-        self._closed_until = float("-inf")
-
-    def check(self, reference: str) -> None:
-        """Raise what was answered lately, or `TooManyReferencesError` after too many other misses."""
-        now = self._clock()
-        until, error = self._known.get(reference, (now, None))
-        if error is not None and now < until:
-            raise error
-        if now < self._closed_until:
-            raise TooManyReferencesError(self._source)
-
-    def note(self, reference: str, error: ReferenceNotFoundError) -> None:
-        """Remember that upstream was asked for a reference, and doesn't have it."""
-        now = self._clock()
-        self._known[reference] = (now + self._memory, error)
-        self._known.move_to_end(reference)
-        while len(self._known) > _MOST_FAILURES:
-            self._known.popitem(last=False)
-        if self._buckets.take("", self._per_minute):
-            self._closed_until = now + 60.0 / self._per_minute
 
 
 class Pins:
@@ -175,17 +128,17 @@ class Pins:
         resolve: Callable[[str], Awaitable[Resolved]],
         limits: PinLimits | None = None,
         *,
-        misses: Misses | None = None,
+        missing: MissingReferences | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._file = file
         self._source = source
         self._resolve = resolve
         self._limits = limits or PinLimits()
-        self._misses = misses
+        self._missing = missing
         self._clock = clock
         self._attempts: dict[str, _Attempt] = {}
-        self._failures: OrderedDict[str, _Failure] = OrderedDict()
+        self._failures = NegativeCache(self._limits.back_off, clock=clock)
         self._stale_since: dict[str, float] = {}
         self._used: dict[str, float] = {}
         self._written: dict[str, float] = {}
@@ -212,12 +165,13 @@ class Pins:
                     return pin
             if self._read_again():
                 continue
-            attempt = self._attempts.get(reference) or self._begin(reference, pin)
-            if attempt is None:
-                failure = self._failures[reference].error
+            attempt = self._attempts.get(reference)
+            failure = None if attempt else self._failures.get(reference)
+            if failure is not None:
                 if pin is None:
                     raise failure
                 return self._serve_stale(reference, pin, _reason(failure))
+            attempt = attempt or self._begin(reference, pin)
             patience = None if pin is None else max(0.0, self._limits.patience - (now - attempt.began))
             done, _ = await asyncio.wait({attempt.task}, timeout=patience)
             if pin is not None and not done:
@@ -273,14 +227,17 @@ class Pins:
             if pin is not None and 0 <= now - pin.resolved < _RENEWAL * max_age:
                 continue
             if reference in always or self._last_use(reference) >= recent:
-                attempt = self._attempts.get(reference) or self._begin(reference, pin)
+                attempt = self._attempts.get(reference)
+                if attempt is None and self._failures.get(reference) is None:
+                    attempt = self._begin(reference, pin)
                 if attempt is not None:
                     tasks.append(attempt.task)
         if tasks:
             await asyncio.wait(tasks)
         for reference in always:
-            if self._pin(reference) is None and reference in self._failures:
-                raise self._failures[reference].error
+            failure = self._failures.get(reference)
+            if self._pin(reference) is None and failure is not None:
+                raise failure
 
     async def close(self) -> None:
         """Stop what is being resolved."""
@@ -302,15 +259,12 @@ class Pins:
     def _last_use(self, reference: str) -> float:
         return max(self._used.get(reference, 0.0), self._stored.pins[reference].used)
 
-    def _begin(self, reference: str, pin: Pin | None) -> _Attempt | None:
-        """Begin to resolve a reference, unless that failed a moment ago."""
+    def _begin(self, reference: str, pin: Pin | None) -> _Attempt:
+        """Begin to resolve a reference."""
         now = self._clock()
-        failure = self._failures.get(reference)
-        if failure is not None and 0 <= failure.retry_at - now <= self._limits.back_off:
-            return None
         if pin is None:
-            if self._misses is not None:
-                self._misses.check(reference)
+            if self._missing is not None:
+                self._missing.check(reference)
             if len(self._attempts) >= _RESOLUTIONS_WAITING:
                 raise TooManyReferencesError(self._source)
         task = asyncio.create_task(self._attempt(reference, now))
@@ -334,7 +288,7 @@ class Pins:
             self._attempts.pop(reference, None)
 
     async def _succeeded(self, reference: str, began: float, resolved: Resolved) -> Pin:
-        self._failures.pop(reference, None)
+        self._failures.forget(reference)
         if self._stale_since.pop(reference, None) is not None:
             log.info("the package source answers again", source=self._source, reference=reference)
         as_of = began if resolved.as_of is None else resolved.as_of
@@ -350,19 +304,16 @@ class Pins:
         return Pin(resolved.revision, as_of, resolved.details)
 
     async def _not_found(self, reference: str, error: ReferenceNotFoundError) -> None:
-        self._failures.pop(reference, None)
+        self._failures.forget(reference)
         self._stale_since.pop(reference, None)
-        if self._misses is not None:
-            self._misses.note(reference, error)
+        if self._missing is not None:
+            self._missing.note(reference, error)
         if reference in self._stored.pins:
             log.warning("a reference is gone", source=self._source, reference=reference)
             await self._change(reference, None, None)
 
     def _failed(self, reference: str, error: ChandleryError) -> None:
-        self._failures[reference] = _Failure(error, self._clock() + self._limits.back_off)
-        self._failures.move_to_end(reference)
-        while len(self._failures) > _MOST_FAILURES:
-            self._failures.popitem(last=False)
+        self._failures.note(reference, error)
         pin = self._pin(reference)
         if pin is not None:
             self._note_stale(reference, pin, _reason(error))

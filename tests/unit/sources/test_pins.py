@@ -15,7 +15,8 @@ from chandlery.errors import (
     StorageFullError,
     TooManyReferencesError,
 )
-from chandlery.sources.pins import Misses, Pin, PinLimits, Pins, Resolved
+from chandlery.sources.negative_cache import MissingReferences
+from chandlery.sources.pins import Pin, PinLimits, Pins, Resolved
 from tests.support.clock import Clock
 
 SOURCE = "git!https://example.com/set"
@@ -370,8 +371,8 @@ async def test_a_file_that_cannot_be_written_leaves_pins_in_memory(
 async def test_unknown_references_are_not_written_and_memory_is_bounded(
     file: Path, upstream: Upstream, clock: Clock
 ) -> None:
-    misses = Misses(SOURCE, per_minute=10**9, clock=clock)
-    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, misses=misses, clock=clock)
+    missing = MissingReferences(SOURCE, per_minute=10**9, clock=clock)
+    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, missing=missing, clock=clock)
     for number in range(3000):
         with pytest.raises(ReferenceNotFoundError):
             await pins.get(f"unknown-{number}")
@@ -381,7 +382,7 @@ async def test_unknown_references_are_not_written_and_memory_is_bounded(
             await pins.get(f"dead-{number}")
 
     assert not file.exists()
-    assert len(misses._known) <= 1024
+    assert len(missing) <= 1024
     assert len(pins._failures) <= 1024
     assert not pins._used
     assert not pins._attempts
@@ -404,8 +405,8 @@ async def test_the_references_used_last_are_remembered(
 async def test_an_unknown_reference_is_asked_for_once_in_a_while_and_few_of_them(
     file: Path, upstream: Upstream, clock: Clock
 ) -> None:
-    misses = Misses(SOURCE, memory=60, per_minute=5, clock=clock)
-    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, misses=misses, clock=clock)
+    missing = MissingReferences(SOURCE, seconds=60, per_minute=5, clock=clock)
+    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, missing=missing, clock=clock)
     for _ in range(10):
         with pytest.raises(ReferenceNotFoundError):
             await pins.get("unknown")

@@ -18,13 +18,14 @@ from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import ARCHITECTURES, Platform
 from chandlery.sources.debian.index import DebianIndex, DebianMirrors, PinnedIndex
-from chandlery.sources.pins import Misses, PinLimits, Pins, Resolved
+from chandlery.sources.negative_cache import MissingReferences
+from chandlery.sources.pins import PinLimits, Pins, Resolved
 
 SUITE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 _LONGEST_SUITE = 40
 # apt is slow to say that there is no such suite, and mirrors rarely get a new one.
-_MISS_MEMORY, _MISSES_PER_MINUTE = 300.0, 10
+_MISSING_SECONDS, _MISSING_PER_MINUTE = 300.0, 10
 
 
 class DebianSource:
@@ -48,10 +49,10 @@ class DebianSource:
         self._tags = tags
         self._lifetime = (limits or PinLimits()).lifetime
         self._clock = clock
-        self._misses = Misses(self.text, memory=_MISS_MEMORY, per_minute=_MISSES_PER_MINUTE)
+        self._missing = MissingReferences(self.text, seconds=_MISSING_SECONDS, per_minute=_MISSING_PER_MINUTE)
         # Of all sources that use the folder: a suite's index is the same, whoever asks for it.
         self._pins = Pins(
-            folder / "pins.json", self.text, self._resolve, limits, misses=self._misses, clock=clock
+            folder / "pins.json", self.text, self._resolve, limits, missing=self._missing, clock=clock
         )
 
     @property

@@ -27,7 +27,8 @@ from chandlery.oci.documents import Platform
 from chandlery.sources.arguments import PinnedArguments, SetArguments
 from chandlery.sources.git.address import GitAddress
 from chandlery.sources.git.repository import COMMIT, HEAD, GitLimits, GitRepository
-from chandlery.sources.pins import Misses, PinLimits, Pins, Resolved
+from chandlery.sources.negative_cache import MissingReferences
+from chandlery.sources.pins import PinLimits, Pins, Resolved
 from chandlery.sources.trees import SourceTrees
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -77,7 +78,11 @@ class GitSource:
         # A commit stays what it is.
         for_ever = PinLimits(float("inf"), *((limits.patience, limits.back_off) if limits else ()))
         self._commits = Pins(
-            data / "commits.json", self.text, self._resolve_commit, for_ever, misses=Misses(self.text)
+            data / "commits.json",
+            self.text,
+            self._resolve_commit,
+            for_ever,
+            missing=MissingReferences(self.text),
         )
 
     @property
