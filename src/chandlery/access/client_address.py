@@ -1,9 +1,19 @@
-"""Who sent a request: its address, or the one that a trusted proxy says."""
+"""Who sent a request: its address, or the one that a trusted proxy says.
+
+It is found out once, by the request log, which comes first (`note`); whoever handles the request reads what
+was noted (`noted`).
+"""
 
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
 Network = IPv4Network | IPv6Network
+
+_HEADER = b"x-forwarded-for"
+_NOTED = "client_address"  # in the state of a request
 
 
 def parse_networks(texts: Sequence[str]) -> tuple[Network, ...]:
@@ -12,7 +22,7 @@ def parse_networks(texts: Sequence[str]) -> tuple[Network, ...]:
 
 
 def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[Network]) -> str:
-    """Give the address of the client behind the proxies that are trusted.
+    """Return the address of the client behind the proxies that are trusted.
 
     `forwarded_for` are the X-Forwarded-For headers. Each proxy appends the address that it was asked by, so
     they are read from the end, as long as those that wrote them are trusted: what stands further left may be
@@ -28,8 +38,23 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[Ne
     return address
 
 
+def note(scope: Scope, trusted: Sequence[Network]) -> None:
+    """Find out who sent a request, and note it in its state."""
+    address = _peer(scope)
+    # Of most servers nobody is trusted.
+    if trusted:
+        forwarded_for = [value.decode("latin-1") for name, value in scope["headers"] if name == _HEADER]
+        address = client_address(address, forwarded_for, trusted)
+    scope.setdefault("state", {})[_NOTED] = address
+
+
+def noted(request: HTTPConnection) -> str:
+    """Return the address of the client, as it was noted; without that, whoever has connected."""
+    return str(getattr(request.state, _NOTED, "")) or _peer(request.scope)
+
+
 def is_trusted(text: str, trusted: Sequence[Network]) -> bool:
-    """Tell whether an address is that of a proxy that is trusted."""
+    """Return whether an address is in one of the networks that are trusted."""
     address = _parse(text)
     return address is not None and any(address in network for network in trusted)
 
@@ -46,6 +71,12 @@ def client_network(text: str) -> str:
     if isinstance(address, IPv6Address):
         return str(ip_network((address, 64), strict=False))
     return text if address is None else str(address)
+
+
+def _peer(scope: Scope) -> str:
+    """Return the address that has connected; empty for a Unix socket."""
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def _parse(text: str) -> IPv4Address | IPv6Address | None:

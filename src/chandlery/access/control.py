@@ -17,8 +17,9 @@ from pathlib import Path
 import structlog
 from starlette.requests import Request
 
+from chandlery.access import client_address
 from chandlery.access.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
-from chandlery.access.client_address import client_address, client_network
+from chandlery.access.client_address import client_network
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.rules import AccessRules, Rule
 from chandlery.access.tokens import SERVICE, Grant, Tokens
@@ -108,9 +109,7 @@ class AccessControl:
 
     async def identify(self, request: Request, credentials: Credentials | None) -> Client:
         """Tell whose credentials these are, and count the request; see `admit`."""
-        peer = request.client.host if request.client else ""
-        forwarded = request.headers.getlist("x-forwarded-for")
-        address = client_address(peer, forwarded, self._address.trusted_proxies)
+        address = client_address.noted(request)
         if self.accounts is None or credentials is None:
             client = Client(None, address)
         elif isinstance(credentials, Password):

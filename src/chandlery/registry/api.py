@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from chandlery.access.client_address import Network, client_address
+from chandlery.access import client_address
 from chandlery.access.control import TOKEN_PATH, AccessControl
 from chandlery.builds.images import Pulled
 from chandlery.errors import (
@@ -72,10 +72,9 @@ _URL_LIFETIME = 1200.0
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How clients wait, which proxies may say who a client is, and who may ask for what: all may without."""
+    """How clients wait, and who may ask for what: all may without."""
 
     wait: WaitPolicy = field(default_factory=WaitPolicy)
-    trusted_proxies: tuple[Network, ...] = ()
     control: AccessControl | None = None
 
 
@@ -312,11 +311,10 @@ class _RegistryAPI:
         return error_response(request, 307, "TOOMANYREQUESTS", str(pending), vars(pending), headers)
 
     def _client(self, request: Request) -> str:
-        """Tell who sent a request; with access control, `_image_request` has found out."""
+        """Return who sent a request; with access control, `_image_request` has found out."""
         if self._access.control:
             return str(request.state.client)
-        peer = request.client.host if request.client else ""
-        return client_address(peer, request.headers.getlist("x-forwarded-for"), self._access.trusted_proxies)
+        return client_address.noted(request)
 
     async def tags(self, request: Request) -> Response:
         """List tags (end-8a and end-8b)."""

@@ -52,7 +52,8 @@ def create_app(
     that all of them plan with.
     """
     metrics = Metrics()
-    middleware = [Middleware(RequestLog, metrics=metrics)]
+    proxies = parse_networks(settings.trusted_proxies)
+    middleware = [Middleware(RequestLog, metrics=metrics, trusted_proxies=proxies)]
     traces = _traces(settings)
     if traces:
         middleware.append(traces.middleware)
@@ -76,8 +77,7 @@ def create_app(
                 await stack.enter_async_context(images)
                 if traces:
                     images.queue.observers.append(traces.built)
-                proxies = parse_networks(settings.trusted_proxies)
-                access = Access(WaitPolicy(settings.hold, settings.redirections), proxies, control)
+                access = Access(WaitPolicy(settings.hold, settings.redirections), control)
                 blobs = await stack.enter_async_context(maintained(settings, parts.stores, images))
                 app.router.routes.extend(routes(images, blobs, name_prefixes(settings), access))
                 monitoring.count(metrics, images.queue, settings.data_dir)

@@ -23,7 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from chandlery.access.client_address import Network, client_address, is_trusted
+from chandlery.access import client_address
+from chandlery.access.client_address import Network, is_trusted
 from chandlery.builds.build import Build
 from chandlery.builds.build_queue import BuildQueue
 from chandlery.errors import ChandleryError
@@ -50,7 +51,7 @@ class Watchers:
     trusted_proxies: tuple[Network, ...] = ()
 
     def include(self, request: Request) -> bool:
-        """Tell whether the client is one of them.
+        """Return whether the client is one of them.
 
         Behind a proxy of this machine that isn't trusted, everybody would look like this machine; so who
         comes through a proxy that doesn't say for whom is nobody.
@@ -59,8 +60,7 @@ class Watchers:
         if any(name in request.headers for name in _FORWARDING_HEADERS):
             if not is_trusted(address, self.trusted_proxies):
                 return False
-            hops = request.headers.getlist("x-forwarded-for")
-            address = client_address(address, hops, self.trusted_proxies)
+            address = client_address.noted(request)
             if is_trusted(address, self.trusted_proxies):
                 return False
         return is_trusted(address, self.networks)

@@ -1,4 +1,4 @@
-"""One log event for every request, and an id that finds it.
+"""One log event for every request, an id that finds it, and who its client is.
 
 Whatever else is logged while the request is handled has the id, and so has what a build logs that it started.
 
@@ -8,6 +8,7 @@ send files itself (`http.response.pathsend`). It is on the way of every request,
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
@@ -15,6 +16,8 @@ import structlog
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chandlery.access import client_address
+from chandlery.access.client_address import Network
 from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -37,10 +40,14 @@ class RequestLog:
     """Log method, path, status, duration in milliseconds, and bytes of the body; count them in `metrics`.
 
     The id comes from the request's X-Request-Id, if a proxy has given it one, and goes into the response's.
+    `trusted_proxies` may say who a client is.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics | None = None, trusted_proxies: Sequence[Network] = ()
+    ) -> None:
         self._app = app
+        self._trusted_proxies = trusted_proxies
         self._metrics = metrics or Metrics()
         # Bound once: the logger of a module is made anew for every event.
         self._log = log.bind()
@@ -52,6 +59,7 @@ class RequestLog:
             return
         request_id = _id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
+        client_address.note(scope, self._trusted_proxies)
         started = time.perf_counter()
         sent = _Sent()
 

@@ -1,8 +1,18 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import HTTPConnection
 
-from chandlery.access.client_address import client_address, client_network, is_loopback, parse_networks
+from chandlery.access.client_address import (
+    client_address,
+    client_network,
+    is_loopback,
+    note,
+    noted,
+    parse_networks,
+)
 
 PROXIES = parse_networks(["127.0.0.1", "10.0.0.0/8", "fd00::/8"])
 
@@ -30,6 +40,22 @@ def test_the_client_is_the_last_address_that_a_trusted_proxy_did_not_have_itself
     peer: str, forwarded_for: list[str], client: str
 ) -> None:
     assert client_address(peer, forwarded_for, PROXIES) == client
+
+
+def test_it_is_noted_once_for_all_who_handle_a_request() -> None:
+    headers = [(b"x-forwarded-for", b"198.51.100.7"), (b"x-forwarded-for", b"192.0.2.1, 10.1.2.3")]
+    scope: dict[str, Any] = {"type": "http", "client": ("127.0.0.1", 1234), "headers": headers}
+    assert noted(HTTPConnection(scope)) == "127.0.0.1"
+    note(scope, ())
+    assert noted(HTTPConnection(scope)) == "127.0.0.1"
+    note(scope, PROXIES)
+    assert noted(HTTPConnection(scope)) == "192.0.2.1"
+
+
+def test_who_comes_by_a_unix_socket_has_no_address() -> None:
+    scope: dict[str, Any] = {"type": "http", "client": None, "headers": []}
+    note(scope, PROXIES)
+    assert noted(HTTPConnection(scope)) == ""
 
 
 @given(st.lists(st.text()))

@@ -53,7 +53,7 @@ class Registry:
         self, *, users: bool = True, anonymous: bool = False, url: str = PUBLIC, rules: Any = RULES
     ) -> AccessControl:
         accounts = Accounts(Users(self.file), self.tokens, anonymous) if users else None
-        address = PublicAddress(url, parse_networks(["10.0.0.1"]))
+        address = PublicAddress(url, PROXIES)
         return AccessControl(
             AccessRules.model_validate(rules), {"": ("debian!bookworm", "stable")}, address, accounts
         )
@@ -66,11 +66,14 @@ class Registry:
         self.images = OneImage(await one_image(blobs), error)
         app = Starlette(
             routes=routes(self.images, AsTheyAre(blobs), HOST, Access(control=control)),
-            middleware=[Middleware(RequestLog)],
+            middleware=[Middleware(RequestLog, trusted_proxies=PROXIES)],
         )
         transport = httpx.ASGITransport(app, client=(peer, 1234))
         async with httpx.AsyncClient(transport=transport, base_url="http://registry") as client:
             yield client
+
+
+PROXIES = parse_networks(["10.0.0.1"])
 
 
 def hashed(password: str) -> str:

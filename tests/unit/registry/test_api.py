@@ -491,9 +491,8 @@ async def test_a_client_is_whom_a_trusted_proxy_names_and_nobody_else(blobs: Blo
     images = OneImage(await one_image(blobs))
     forwarded = {"x-forwarded-for": "192.0.2.7"}
     for trusted in ("127.0.0.1", "10.0.0.1"):
-        app = Starlette(
-            routes=routes(images, AsTheyAre(blobs), HOST, Access(trusted_proxies=parse_networks([trusted])))
-        )
+        log = Middleware(RequestLog, trusted_proxies=parse_networks([trusted]))
+        app = Starlette(routes=routes(images, AsTheyAre(blobs), HOST), middleware=[log])
         transport = httpx.ASGITransport(app, client=("127.0.0.1", 1234))
         async with httpx.AsyncClient(transport=transport, base_url="http://registry") as client:
             await client.get("/v2/git/manifests/latest", headers=forwarded)

@@ -96,7 +96,8 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
             *registry_api.routes(NoImages(), AsTheyAre(MemoryBlobStore()), NamePrefixes(Platform.of_host())),
             *monitoring.routes(metrics, readiness, queue, watchers),
         ]
-        app = Starlette(routes=routes, middleware=[Middleware(RequestLog, metrics=metrics)])
+        log = Middleware(RequestLog, metrics=metrics, trusted_proxies=watchers.trusted_proxies)
+        app = Starlette(routes=routes, middleware=[log])
         yield Watched(queue, app, checks)
 
 
