@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import structlog
-from rapidfuzz import process
-from rapidfuzz.distance import OSA
 
 from chandlery.builds.index import ResolutionRecords
 from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
+from chandlery.image.nearest import nearest
 from chandlery.nix.nix import Nix, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
@@ -24,30 +23,12 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 # Goes up when the expressions of `nix/` make other derivations of the same package set.
 _DERIVATIONS_VERSION = "2"
 
-_SUGGESTIONS = 3
 # Sets of names that are kept, those within sets included.
 _MOST_PLACES = 100
 # Seconds that who pulls waits for suggestions, at most.
 _SUGGESTIONS_TIMEOUT = 20.0
-_CANDIDATES = 50
-# Of 1: as many letters as the longer name has, less the mistakes between them, over that number.
-_SIMILAR_ENOUGH = 0.5
+# See `nearest`.
 _SIMILAR_WITH_DOTS = 0.75
-
-
-def nearest(name: str, names: Sequence[str], similar_enough: float = _SIMILAR_ENOUGH) -> list[str]:
-    """Give the names that are spelled most alike; two swapped letters are one mistake.
-
-    Of those that are equally near, one with the same letters comes first, then one with the same beginning.
-    """
-    found = process.extract(
-        name, names, scorer=OSA.normalized_similarity, limit=_CANDIDATES, score_cutoff=similar_enough
-    )
-    letters = sorted(name)
-    ranked = sorted(
-        (-score, sorted(other) != letters, other[:1] != name[:1], other) for other, score, _ in found
-    )
-    return [other for *_, other in ranked[:_SUGGESTIONS]]
 
 
 class PackageResolver:
@@ -108,7 +89,7 @@ class PackageResolver:
         if parent and not found:
             # The dots may be part of a name, as in Debian's python3.11.
             names = await self._names_below(pin, system, [])
-            found = await asyncio.to_thread(nearest, path, names, _SIMILAR_WITH_DOTS)
+            found = await asyncio.to_thread(nearest, path, names, similar_enough=_SIMILAR_WITH_DOTS)
         return found
 
     async def _names_below(self, pin: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:

@@ -9,15 +9,14 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from rapidfuzz import process
-from rapidfuzz.distance import OSA
 
 from chandlery.errors import SettingsError
+from chandlery.image.nearest import nearest
 from chandlery.settings.places import DEFAULT, KeyPath, Places
 from chandlery.settings.values import MASK, dotted, shown, without_secrets
 
-# How unlike what was meant a name may be: more is another name.
-_MOST_EDITS = 3
+# See `nearest`: what is less alike is another name.
+_SIMILAR_ENOUGH = 0.6
 
 
 class ContradictionError(ValueError):
@@ -33,15 +32,9 @@ def settings_error(error: ValidationError, model: type[BaseModel], places: Place
     return SettingsError("; ".join(dict.fromkeys(_problem(each, model, places) for each in error.errors())))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Give the known name that was probably meant; empty if none is like it."""
-    found = process.extractOne(
-        name.lower(),
-        sorted(known),
-        scorer=OSA.distance,
-        score_cutoff=min(_MOST_EDITS, max(1, len(name) // 2)),
-    )
-    return found[0] if found else ""
+def meant_by(name: str, known: Iterable[str]) -> str:
+    """Return the known name that was probably meant; empty if none is like it."""
+    return next(iter(nearest(name.lower(), [*known], similar_enough=_SIMILAR_ENOUGH)), "")
 
 
 def _problem(details: ErrorDetails, model: type[BaseModel], places: Places) -> str:
@@ -76,7 +69,7 @@ def _reason(details: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _unknown(path: KeyPath, model: type[BaseModel]) -> str:
     known = _keys(model, path[:-1])
-    meant = nearest(str(path[-1]), known)
+    meant = meant_by(str(path[-1]), known)
     what = "setting" if len(path) == 1 else "key"
     if meant:
         return f"there is no such {what}: did you mean {meant}?"

@@ -36,7 +36,7 @@ from chandlery.plan.strategies import DEFAULT_STRATEGY, STRATEGIES
 from chandlery.settings import places as setting_places
 from chandlery.settings.nixery import NixeryEnvironment
 from chandlery.settings.places import Origin, Places
-from chandlery.settings.problems import ContradictionError, nearest, settings_error
+from chandlery.settings.problems import ContradictionError, meant_by, settings_error
 from chandlery.settings.values import leaves
 from chandlery.storage.bucket import Bucket
 
@@ -324,7 +324,7 @@ class Settings(BaseSettings):
                     ("sources", name), "a profile has this name too, and image names can't tell them apart"
                 )
         if "!" not in self.source and self.source not in self.sources:
-            meant = nearest(self.source, self.sources)
+            meant = meant_by(self.source, self.sources)
             raise ContradictionError(
                 ("source",),
                 f"{self.source!r} is neither a package set, as debian!<suite> is, nor one of sources"
@@ -416,7 +416,7 @@ def _unknown_variables(settings_type: type[Settings]) -> Iterator[str]:
         if table:
             yield f"the variable {name} is no setting: write {table} as JSON"
         elif name not in known:
-            meant = nearest(name.removeprefix(setting_places.VARIABLE_PREFIX), settings_type.model_fields)
+            meant = meant_by(name.removeprefix(setting_places.VARIABLE_PREFIX), settings_type.model_fields)
             hint = f": did you mean {setting_places.variable(meant)}?" if meant else ""
             yield f"the variable {name} is no setting{hint}"
     if setting_places.is_of_kubernetes(os.environ.get("CHANDLERY_PORT", "")):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.builds.resolver import PackageResolver, nearest
+from chandlery.builds.resolver import PackageResolver
 from chandlery.builds.sqlite_index import SqliteIndex
 from chandlery.errors import BrokenError, EvaluationError, NixError, PackagesNotFoundError, UnfreeError
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
@@ -155,11 +155,6 @@ async def test_below_a_package_its_outputs_are_suggested_and_nothing_of_nix_own(
         await resolver.resolve(pin, SYSTEM, ["git.outt", "git.drvpat"])
 
     assert caught.value.suggestions == {"git.outt": ["git.out"], "git.drvpat": []}
-
-
-def test_swapped_letters_are_one_mistake() -> None:
-    assert nearest("hotp", ["hop", "htop", "otp", "hotspot"])[0] == "htop"
-    assert nearest("gti", ["bti", "git", "gitit", "gtick"])[0] == "git"
 
 
 async def test_names_of_a_nested_set_are_suggested_with_their_whole_path(
