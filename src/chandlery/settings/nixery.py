@@ -7,9 +7,6 @@ a variable of many programs. Of two variables for one setting the first in the t
 from collections.abc import Container, Mapping
 from typing import Any
 
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
-
 from chandlery.errors import SettingsError
 from chandlery.settings.places import Origin, Place
 
@@ -40,16 +37,12 @@ _AS_NIXERY_DOES = {"host": "0.0.0.0", "anonymous": "read"}  # noqa: S104
 _IN_USE = (_BACKEND, *(variable for variable, setting, _ in _VARIABLES if setting == "source"))
 
 
-class NixeryEnvironment(PydanticBaseSettingsSource):
+class NixeryEnvironment:
     """What Nixery's variables say; `said` are the settings that other places have."""
 
-    def __init__(
-        self, settings_type: type[BaseSettings], environment: Mapping[str, str], said: Container[str]
-    ) -> None:
-        super().__init__(settings_type)
+    def __init__(self, environment: Mapping[str, str], said: Container[str]) -> None:
         self._environment = environment
         self._said = said
-        self._origins: dict[str, Origin] = {}
 
     @property
     def in_use(self) -> str:
@@ -62,19 +55,16 @@ class NixeryEnvironment(PydanticBaseSettingsSource):
         return ["WEB_DIR"] if self.in_use and self._environment.get("WEB_DIR") else []
 
     def place(self) -> Place:
-        """Give it as a place of settings."""
-        return Place(self(), self._origins)
-
-    def __call__(self) -> dict[str, Any]:
-        """Give the settings. Raises `SettingsError` where Nixery wouldn't start either."""
+        """Return the settings that they make. Raises `SettingsError` where Nixery wouldn't start either."""
         values: dict[str, Any] = {}
+        origins: dict[str, Origin] = {}
         if not self.in_use:
-            return values
+            return Place(values, origins)
 
         def say(setting: str, value: Any, variable: str) -> None:
             if setting not in values:
                 values[setting] = value
-                self._origins[setting] = Origin("nixery", variable)
+                origins[setting] = Origin("nixery", variable)
 
         for variable, setting, form in (*_VARIABLES, *self._storage()):
             if value := self._environment.get(variable):
@@ -86,11 +76,7 @@ class NixeryEnvironment(PydanticBaseSettingsSource):
                 say(setting, value, self.in_use)
         else:
             say("host", _AS_NIXERY_DOES["host"], self.in_use)
-        return values
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """See `PydanticBaseSettingsSource`."""
-        return self().get(field_name), field_name, False
+        return Place(values, origins)
 
     def _storage(self) -> list[tuple[str, str, str]]:
         backend = self._environment.get(_BACKEND)

@@ -12,8 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import msgspec
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic import BaseModel
 
 from chandlery.errors import SettingsError
 
@@ -85,18 +84,23 @@ def settings_file(file: Path, named_by: str) -> Place:
     return Place(values, {name: Origin("file", str(file)) for name in values})
 
 
-def variables(settings_type: type[BaseSettings]) -> Place:
+def variables(settings_type: type[BaseModel], environment: Mapping[str, str]) -> Place:
     """Read the variables that are settings: `CHANDLERY_` and a name. One that is empty is as if not set.
 
     Tables are JSON, lists are JSON or have commas between their entries. `SettingsError` names a variable
     that is neither.
     """
-    values = _Variables(settings_type, env_prefix=VARIABLE_PREFIX, env_ignore_empty=True)()
+    said = {name.upper(): value for name, value in environment.items() if value}
+    values = {}
+    for name, field in settings_type.model_fields.items():
+        value = said.get(variable(name))
+        if value is not None and not (name == "port" and is_of_kubernetes(value)):
+            values[name] = _decoded(name, field.annotation, value)
     return Place(values, {name: Origin("variable", variable(name)) for name in values})
 
 
 def variable(setting: str) -> str:
-    """Give the variable of a setting."""
+    """Return the variable of a setting."""
     return f"{VARIABLE_PREFIX}{setting}".upper()
 
 
@@ -105,28 +109,30 @@ def is_of_kubernetes(value: str) -> bool:
     return value.startswith(("tcp://", "udp://", "sctp://"))
 
 
-class _Variables(EnvSettingsSource):
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        value, key, is_complex = super().get_field_value(field, field_name)
-        if field_name == "port" and isinstance(value, str) and is_of_kubernetes(value):
-            value = None
-        return value, key, is_complex
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo | None, value: Any) -> Any:
-        if field and _is_list(field.annotation) and not value.lstrip().startswith("["):
-            return [entry.strip() for entry in value.split(",") if entry.strip()]
-        try:
-            return msgspec.json.decode(value)
-        except msgspec.DecodeError as error:
-            raise SettingsError(
-                f"{field_name}: write it as JSON, or in the settings file (variable {variable(field_name)})"
-            ) from error
+def _decoded(setting: str, annotation: Any, text: str) -> Any:
+    """Return what a variable says: a text, a list or a table. Raises `SettingsError`."""
+    if _is(annotation, _LISTS) and not text.lstrip().startswith("["):
+        return [entry.strip() for entry in text.split(",") if entry.strip()]
+    if not _is(annotation, _LISTS | _TABLES):
+        return text
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise SettingsError(
+            f"{setting}: write it as JSON, or in the settings file (variable {variable(setting)})"
+        ) from error
 
 
-def _is_list(annotation: Any) -> bool:
+_LISTS = frozenset({tuple})
+_TABLES = frozenset({Mapping, BaseModel})
+
+
+def _is(annotation: Any, kinds: frozenset[type]) -> bool:
+    """Return whether a type, or one of several, is of these kinds."""
     if get_origin(annotation) in (Union, UnionType):
-        return any(map(_is_list, get_args(annotation)))
-    return get_origin(annotation) is tuple
+        return any(_is(each, kinds) for each in get_args(annotation))
+    plain = get_origin(annotation) or annotation
+    return isinstance(plain, type) and any(issubclass(plain, kind) for kind in kinds)
 
 
 def _over(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:

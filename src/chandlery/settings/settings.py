@@ -23,7 +23,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from chandlery.access.client_address import parse_networks
 from chandlery.access.rules import AccessRules
@@ -116,10 +115,10 @@ class SettingInForce:
     origin: Origin
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Everything that an operator can choose. Times are in seconds."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     data_dir: Path = Field(default_factory=_default_data_dir, description="where everything is kept")
     storage: str = Field(
@@ -332,18 +331,6 @@ class Settings(BaseSettings):
             )
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read nothing here: `load` does, and knows where each value is from."""
-        return (init_settings,)
-
     @property
     def default_source(self) -> str:
         """The name of the default package source; empty if it has none."""
@@ -359,12 +346,12 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, settings_file: Path | None = None, **options: Any) -> Self:
         """Read all settings; `options` that are None were not given. `SettingsError` names what is wrong."""
-        places = [setting_places.options(options), setting_places.variables(cls)]
+        places = [setting_places.options(options), setting_places.variables(cls, os.environ)]
         if settings_file:
             places.append(setting_places.settings_file(settings_file, "--settings"))
         elif file := os.environ.get(_FILE_VARIABLE):
             places.append(setting_places.settings_file(Path(file), _FILE_VARIABLE))
-        nixery = NixeryEnvironment(cls, os.environ, Places(places).values())
+        nixery = NixeryEnvironment(os.environ, Places(places).values())
         together = Places([*places, nixery.place()])
         try:
             settings = cls(**together.values())
