@@ -10,7 +10,7 @@ from typing import Any
 
 from chandlery.builds.images import BuildCapacity, Images
 from chandlery.builds.recipe import BuildOptions
-from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.sqlite.index import SqliteIndex
 from chandlery.builds.stores import Stores
 from chandlery.image import name as image_name
 from chandlery.image.name import LATEST, ImageRequest, NamePrefixes

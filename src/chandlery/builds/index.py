@@ -8,9 +8,10 @@ An image is kept, or it was collected: then its blobs may be gone, and its recip
 it can be made again when a client asks for one of its digests. What collectors ask decides what is deleted,
 so those methods raise `StorageError` where others find nothing.
 
-The questions are grouped by purpose. All methods are safe to repeat, and an answer may be older than what
-another process has just remembered: so an index may be a file of this machine (`builds.sqlite_index`) or
-records that several machines share. `tests/support/build_index_contract.py` says what every index keeps.
+The questions are grouped by purpose. Keys are sha256 digests in hexadecimal digits. All methods are safe to
+repeat, and an answer may be older than what another process has just remembered: so an index may be a file of
+this machine (`builds.sqlite.index`) or records that several machines share.
+`tests/support/build_index_contract.py` says what every index keeps.
 """
 
 from collections import Counter
@@ -71,11 +72,14 @@ class ImageRecords(Protocol):
         ...
 
     async def needs(self, name: str, digest: Digest) -> bool:
-        """Return whether an image of this name needs a blob; an OCI index is for all, its images aren't."""
+        """Return whether an image of this name needs a blob; an OCI index is for all, its images aren't.
+
+        An image has every name that it was remembered by: a recipe's key leaves the source's name out.
+        """
         ...
 
     async def tags(self, name: str) -> list[str]:
-        """Return the tags that a repository name was built with, sorted."""
+        """Return the tags that a repository name was built with, sorted, of images that are remembered."""
         ...
 
     async def revisions(self, limit: int) -> list[str]:
@@ -127,7 +131,10 @@ class BlobRecords(Protocol):
 
 
 class CollectorRecords(Protocol):
-    """For collectors and checks: what is kept, and what may go. These methods raise `StorageError`."""
+    """For collectors and checks: what is kept, and what may go.
+
+    The questions raise `StorageError`; what can't be written is logged, and nothing is forgotten.
+    """
 
     async def least_recently_used(self, used_before: float = float("inf")) -> list[RecordedImage]:
         """Return the images that are kept and were last used before a time, the oldest use first."""
@@ -154,7 +161,10 @@ class CollectorRecords(Protocol):
         ...
 
     async def forget_recipes(self, remembered: int) -> None:
-        """Forget images that were collected and OCI indexes, all but as many as `remembered`."""
+        """Forget images that were collected and OCI indexes, all but the last `remembered` of each.
+
+        Of images these are the ones used last, of OCI indexes those remembered last.
+        """
         ...
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from chandlery.builds import sqlite_index
-from chandlery.builds.sqlite_index import IndexCounts
+from chandlery.builds.sqlite import index as sqlite_index
+from chandlery.builds.sqlite.index import IndexCounts
 from chandlery.maintenance.run_marker import RunMarker
 
 # What stat(2) counts in, whatever blocks the file system has.

@@ -16,7 +16,7 @@ from chandlery.builds.images import BuildCapacity, Images
 from chandlery.builds.pipeline import BuildLimits
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import BuildOptions
-from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.sqlite.index import SqliteIndex
 from chandlery.builds.stores import Stores
 from chandlery.errors import InvalidSourceError, SettingsError
 from chandlery.image.name import NamePrefixes

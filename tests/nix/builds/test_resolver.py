@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from chandlery.builds.resolver import PackageResolver
-from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.sqlite.index import SqliteIndex
 from chandlery.errors import BrokenError, EvaluationError, NixError, PackagesNotFoundError, UnfreeError
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource

@@ -5,7 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.sqlite.index import SqliteIndex
 from chandlery.oci.digest import Digest
 from tests.support.package_sets import PACKAGE_SET
 from tests.support.servers import RunningServer, serving, wait_until

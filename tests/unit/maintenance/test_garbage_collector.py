@@ -10,7 +10,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from chandlery.builds.recipe import BuildOptions, Recipe
-from chandlery.builds.sqlite_index import SqliteIndex
+from chandlery.builds.sqlite.index import SqliteIndex
 from chandlery.builds.stores import Stores
 from chandlery.image.name import ImageRequest
 from chandlery.maintenance.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from chandlery.builds.sqlite_index import IndexCounts, SqliteIndex
+from chandlery.builds.sqlite.index import IndexCounts, SqliteIndex
 from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.maintenance.run_marker import RunMarker
 from chandlery.maintenance.status import DataFolderStatus, examine

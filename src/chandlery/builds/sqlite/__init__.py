@@ -1,0 +1,1 @@
+"""The build index as a SQLite file of this machine."""
