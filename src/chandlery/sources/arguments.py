@@ -15,6 +15,7 @@ import msgspec
 from chandlery.errors import SourceUnavailableError
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.sources.operator_folder import WatchedFolder
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins
 from chandlery.sources.trees import SourceTrees
 
@@ -79,4 +80,4 @@ class SetArguments:
         key = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:16]
         text = f"overlay {path}"
         watched = WatchedFolder(path, self._trees, text)
-        return Pins(folder / f"{key}.json", text, watched.resolve, LOCAL_LIMITS)
+        return Pins(PinFile(folder / f"{key}.json"), text, watched.resolve, LOCAL_LIMITS)

@@ -33,6 +33,7 @@ from chandlery.nix.output import DerivationMissingError, LockedFlake
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.negative_cache import NegativeCache
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins, Resolved
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -170,7 +171,7 @@ class FlakeSource:
         self._fetching: dict[str, asyncio.Lock] = {}
         limits = limits or PinLimits()
         self._failures = NegativeCache(limits.back_off)
-        self._pins = Pins(data / "pins.json", self.text, self._resolve, limits)
+        self._pins = Pins(PinFile(data / "pins.json"), self.text, self._resolve, limits)
 
     @property
     def platforms(self) -> tuple[Platform, ...]:
@@ -180,7 +181,7 @@ class FlakeSource:
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`."""
         if _BEGINNING.fullmatch(reference):
-            known = self._pins.revision(reference)
+            known = await self._pins.revision(reference)
             if known is not None:
                 return await self._source(known)
         if reference != LATEST:
@@ -191,7 +192,7 @@ class FlakeSource:
 
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`."""
-        if _REVISION.fullmatch(revision) is None or self._pins.details(revision) is None:
+        if _REVISION.fullmatch(revision) is None or await self._pins.details(revision) is None:
             return None
         return await self._source(revision)
 
@@ -210,7 +211,7 @@ class FlakeSource:
     async def _source(self, revision: str, stale: str = "") -> PinnedSource:
         """Give a revision that was pinned once; one that has gone from the store since is fetched again."""
         try:
-            details = self._pins.details(revision)
+            details = await self._pins.details(revision)
             if not self._hand_out(revision):
                 details = (await self._fetch_again(revision, details or {})).details
         except ChandleryError as error:
@@ -263,7 +264,7 @@ class FlakeSource:
 
     async def _fetched(self, reference: str) -> LockedFlake:
         flake = await self._nix.flake_metadata(reference)
-        known = self._pins.details(flake.revision) or {}
+        known = await self._pins.details(flake.revision) or {}
         if known.get("reference") == flake.reference and self._hand_out(flake.revision):
             return flake
         roots = self._roots / flake.revision

@@ -41,6 +41,7 @@ from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.arguments import PinnedArguments, SetArguments
 from chandlery.sources.negative_cache import MissingReferences, NegativeCache
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins, Resolved
 from chandlery.sources.trees import SourceTrees
 
@@ -128,7 +129,11 @@ class NixpkgsSource:
         self._failures = NegativeCache(limits.back_off)
         self._trees = SourceTrees(data, self.text, most=_MOST_TREES)
         self._pins = Pins(
-            data / "pins.json", self.text, self._resolve, limits, missing=MissingReferences(self.text)
+            PinFile(data / "pins.json"),
+            self.text,
+            self._resolve,
+            limits,
+            missing=MissingReferences(self.text),
         )
 
     @property
@@ -140,7 +145,7 @@ class NixpkgsSource:
         """See `PackageSource.pin`; the first time, a channel's tarball is fetched."""
         arguments = await self._arguments.pin()
         if _BEGINNING.fullmatch(reference):
-            known = self._pins.revision(reference) or self._trees.revision(reference)
+            known = await self._pins.revision(reference) or self._trees.revision(reference)
             if known is not None:
                 return await self._source(known, arguments)
         if reference == self._channel:
@@ -152,7 +157,7 @@ class NixpkgsSource:
 
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`."""
-        known = self._pins.details(revision) is not None or self._trees.revision(revision) == revision
+        known = await self._pins.details(revision) is not None or self._trees.revision(revision) == revision
         return await self._source(revision, await self._arguments.pin()) if known else None
 
     async def refresh(self, max_age: float) -> None:

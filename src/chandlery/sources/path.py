@@ -14,6 +14,7 @@ from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.arguments import LOCAL_LIMITS, PinnedArguments, SetArguments
 from chandlery.sources.operator_folder import WatchedFolder
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import Pins
 from chandlery.sources.trees import SourceTrees
 
@@ -31,7 +32,8 @@ class PathSource:
         self._arguments = arguments
         self._trees = SourceTrees(data, self.text)
         watched = WatchedFolder(folder, self._trees, self.text)
-        self._pins = Pins(data / "pins.json", self.text, watched.resolve, LOCAL_LIMITS)
+        self._pin_file = data / "pins.json"
+        self._pins = Pins(PinFile(self._pin_file), self.text, watched.resolve, LOCAL_LIMITS)
 
     @property
     def platforms(self) -> tuple[Platform, ...]:
@@ -40,8 +42,8 @@ class PathSource:
 
     @property
     def was_pinned(self) -> bool:
-        """Tell whether there is a last good pin."""
-        return self._pins.last(LATEST) is not None
+        """Whether the folder was ever pinned, so that there is something to serve without it."""
+        return self._pin_file.exists()
 
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`; a tag is `latest` or that of a revision whose copy is kept."""

@@ -13,11 +13,12 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_kill_at_any_time_leaves_a_file_that_is_whole(file: Path) -> None:
     script = (
-        "import asyncio, sys; from pathlib import Path; from chandlery.sources.pins import *\n"
+        "import asyncio, sys; from pathlib import Path; from chandlery.sources.pins import *; "
+        "from chandlery.sources.pin_file import PinFile\n"
         "async def resolve(reference): return Resolved(reference * 40)\n"
         "async def main():\n"
         "    while True:\n"
-        "        pins = Pins(Path(sys.argv[1]), 's', resolve, PinLimits(lifetime=0.0))\n"
+        "        pins = Pins(PinFile(Path(sys.argv[1])), 's', resolve, PinLimits(lifetime=0.0))\n"
         "        [await pins.get(each) for each in 'abc']\n"
         "asyncio.run(main())"
     )

@@ -16,6 +16,7 @@ from chandlery.errors import (
     TooManyReferencesError,
 )
 from chandlery.sources.negative_cache import MissingReferences
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import Pin, PinLimits, Pins, Resolved
 from tests.support.clock import Clock
 
@@ -30,18 +31,27 @@ class Upstream:
     def __init__(self) -> None:
         self.references = {"main": "a" * 40}
         self.asked: list[str] = []
+        self._is_asked = asyncio.Event()
         self.fault: ChandleryError | None = None
         self.answers = asyncio.Event()
         self.answers.set()
 
     async def resolve(self, reference: str) -> Resolved:
         self.asked.append(reference)
+        self._is_asked.set()
         await self.answers.wait()
         if self.fault is not None:
             raise self.fault
         if reference not in self.references:
             raise ReferenceNotFoundError(SOURCE, reference, "there is main")
         return Resolved(self.references[reference], {"reference": reference})
+
+    async def was_asked(self, times: int) -> None:
+        """Wait until it was asked so often, which takes a few turns of threads."""
+        async with asyncio.timeout(10):
+            while len(self.asked) < times:
+                self._is_asked.clear()
+                await self._is_asked.wait()
 
     def dies(self) -> None:
         self.fault = SourceUnavailableError(SOURCE, "connection\n refused")
@@ -64,7 +74,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pins(file: Path, upstream: Upstream, clock: Clock) -> Pins:
-    return Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+    return Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)
 
 
 async def expired(pins: Pins, clock: Clock) -> Pin:
@@ -109,7 +119,7 @@ async def test_many_who_wait_share_one_resolution_also_if_the_first_goes_away(
 ) -> None:
     upstream.answers.clear()
     waiting = [asyncio.create_task(pins.get("main")) for _ in range(5)]
-    await asyncio.sleep(0)
+    await upstream.was_asked(1)
     waiting[0].cancel()
     await asyncio.sleep(0)
     upstream.answers.set()
@@ -123,10 +133,10 @@ async def test_many_who_wait_share_one_resolution_also_if_the_first_goes_away(
 async def test_without_a_lifetime_what_somebody_changed_before_he_asked_is_seen(
     file: Path, upstream: Upstream, clock: Clock
 ) -> None:
-    pins = Pins(file, SOURCE, upstream.resolve, PinLimits(0.0, 5.0, 1.0), clock=clock)
+    pins = Pins(PinFile(file), SOURCE, upstream.resolve, PinLimits(0.0, 5.0, 1.0), clock=clock)
     upstream.answers.clear()
     before = asyncio.create_task(pins.get("main"))
-    await asyncio.sleep(0)
+    await upstream.was_asked(1)
     clock.now += 1
     after = [asyncio.create_task(pins.get("main")) for _ in range(3)]
     await asyncio.sleep(0)
@@ -215,9 +225,9 @@ async def test_a_reference_that_is_gone_is_not_found_although_there_was_a_pin(
 
     with pytest.raises(ReferenceNotFoundError):
         await pins.get("main")
-    assert pins.last("main") is None
+    assert await pins.last("main") is None
     # But what it was pinned to can still be named.
-    assert pins.revision(last.revision[:16]) == last.revision
+    assert await pins.revision(last.revision[:16]) == last.revision
 
 
 async def test_stale_serving_and_recovery_are_logged_once(
@@ -245,7 +255,7 @@ async def test_closing_stops_what_is_resolved_and_tells_those_who_wait(
 ) -> None:
     upstream.answers.clear()
     waiting = asyncio.create_task(pins.get("main"))
-    await asyncio.sleep(0)
+    await upstream.was_asked(1)
     await pins.close()
 
     with pytest.raises(SourceUnavailableError, match="being stopped"):
@@ -277,6 +287,16 @@ async def test_a_refresh_renews_what_is_about_to_expire_and_was_used_lately(
     assert sorted(upstream.asked) == ["default", "main"]
 
 
+async def test_a_refresh_is_no_use(pins: Pins, upstream: Upstream, clock: Clock) -> None:
+    """What nobody asks for any more isn't asked for in the background for ever."""
+    await pins.get("main")
+    for _ in range(60):
+        clock.now += LIMITS.lifetime
+        await pins.refresh(LIMITS.lifetime)
+
+    assert len(upstream.asked) == 1 + 86400 / LIMITS.lifetime
+
+
 async def test_a_refresh_that_fails_is_told_only_if_there_is_nothing_to_serve(
     pins: Pins, upstream: Upstream, clock: Clock
 ) -> None:
@@ -301,16 +321,16 @@ async def test_another_process_knows_the_pins_and_what_each_wrote_stays(
     file: Path, pins: Pins, upstream: Upstream, clock: Clock
 ) -> None:
     upstream.references["next"] = "b" * 40
-    other = Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+    other = Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)
     await pins.get("main")
     await other.get("next")
     upstream.dies()
 
-    third = Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+    third = Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)
 
     assert await third.get("main") == await pins.get("main")
     assert await third.get("next") == await other.get("next")
-    assert third.details("b" * 40) == {"reference": "next"}
+    assert await third.details("b" * 40) == {"reference": "next"}
 
 
 async def test_what_another_process_has_renewed_is_not_asked_for_again(
@@ -318,7 +338,7 @@ async def test_what_another_process_has_renewed_is_not_asked_for_again(
 ) -> None:
     await pins.get("main")
     clock.now += LIMITS.lifetime + 1
-    other = Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+    other = Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)
     upstream.references["main"] = "b" * 40
     await other.refresh(LIMITS.lifetime, ["main"])
 
@@ -333,7 +353,7 @@ async def test_references_at_one_revision_have_their_own_details(
     await pins.get("main")
     await pins.get("v1")
 
-    for each in (pins, Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)):
+    for each in (pins, Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)):
         assert (await each.get("main")).details == {"reference": "main"}
         assert (await each.get("v1")).details == {"reference": "v1"}
 
@@ -345,7 +365,7 @@ async def test_a_damaged_file_is_moved_aside(
     file.parent.mkdir()
     file.write_bytes(content)
 
-    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+    pins = Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)
 
     assert (await pins.get("main")).revision == "a" * 40
     assert file.with_name("pins.json.damaged").read_bytes() == content
@@ -356,7 +376,7 @@ async def test_a_file_that_cannot_be_written_leaves_pins_in_memory(
     tmp_path: Path, upstream: Upstream, clock: Clock
 ) -> None:
     (tmp_path / "no-folder").touch()
-    pins = Pins(tmp_path / "no-folder" / "pins.json", SOURCE, upstream.resolve, LIMITS, clock=clock)
+    pins = Pins(PinFile(tmp_path / "no-folder" / "pins.json"), SOURCE, upstream.resolve, LIMITS, clock=clock)
     with capture_logs() as logs:
         await pins.get("main")
     upstream.dies()
@@ -372,7 +392,7 @@ async def test_unknown_references_are_not_written_and_memory_is_bounded(
     file: Path, upstream: Upstream, clock: Clock
 ) -> None:
     missing = MissingReferences(SOURCE, per_minute=10**9, clock=clock)
-    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, missing=missing, clock=clock)
+    pins = Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, missing=missing, clock=clock)
     for number in range(3000):
         with pytest.raises(ReferenceNotFoundError):
             await pins.get(f"unknown-{number}")
@@ -384,7 +404,6 @@ async def test_unknown_references_are_not_written_and_memory_is_bounded(
     assert not file.exists()
     assert len(missing) <= 1024
     assert len(pins._failures) <= 1024
-    assert not pins._used
     assert not pins._attempts
 
 
@@ -399,14 +418,14 @@ async def test_the_references_used_last_are_remembered(
 
     kept = set(json.loads(file.read_bytes())["pins"])
     assert kept == {"v0", *(f"v{number}" for number in range(45, 300))}
-    assert pins.revision(f"{1:040x}") == f"{1:040x}"
+    assert await pins.revision(f"{1:040x}") == f"{1:040x}"
 
 
 async def test_an_unknown_reference_is_asked_for_once_in_a_while_and_few_of_them(
     file: Path, upstream: Upstream, clock: Clock
 ) -> None:
     missing = MissingReferences(SOURCE, seconds=60, per_minute=5, clock=clock)
-    pins = Pins(file, SOURCE, upstream.resolve, LIMITS, missing=missing, clock=clock)
+    pins = Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, missing=missing, clock=clock)
     for _ in range(10):
         with pytest.raises(ReferenceNotFoundError):
             await pins.get("unknown")
@@ -431,8 +450,12 @@ async def test_an_unknown_reference_is_asked_for_once_in_a_while_and_few_of_them
 async def test_few_are_resolved_at_once_and_few_wait(pins: Pins, upstream: Upstream) -> None:
     upstream.answers.clear()
     waiting = [asyncio.create_task(pins.get(f"unknown-{number}")) for number in range(100)]
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await upstream.was_asked(4)
+    # The others have been refused, or wait.
+    async with asyncio.timeout(10):
+        pending = {*waiting}
+        while len(pending) > 64:
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
     assert len(upstream.asked) == 4
     upstream.answers.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -455,7 +478,7 @@ async def test_whatever_happens_a_pin_is_what_upstream_said_last_or_says_that_it
     file = tmp_path_factory.mktemp("pins") / "pins.json"
 
     def opened() -> Pins:
-        return Pins(file, SOURCE, upstream.resolve, LIMITS, clock=clock)
+        return Pins(PinFile(file), SOURCE, upstream.resolve, LIMITS, clock=clock)
 
     pins, said, moves = opened(), {"main": {"a" * 40}}, 0
     moved_at = float("-inf")

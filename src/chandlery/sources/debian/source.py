@@ -19,6 +19,7 @@ from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import ARCHITECTURES, Platform
 from chandlery.sources.debian.index import DebianIndex, DebianMirrors, PinnedIndex
 from chandlery.sources.negative_cache import MissingReferences
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins, Resolved
 
 SUITE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -52,7 +53,12 @@ class DebianSource:
         self._missing = MissingReferences(self.text, seconds=_MISSING_SECONDS, per_minute=_MISSING_PER_MINUTE)
         # Of all sources that use the folder: a suite's index is the same, whoever asks for it.
         self._pins = Pins(
-            folder / "pins.json", self.text, self._resolve, limits, missing=self._missing, clock=clock
+            PinFile(folder / "pins.json"),
+            self.text,
+            self._resolve,
+            limits,
+            missing=self._missing,
+            clock=clock,
         )
 
     @property
@@ -111,7 +117,7 @@ class DebianSource:
         """Fetch an index, unless another process has; one that nobody pinned yet may be a lifetime old."""
         suite, architecture = reference.split("/")
         index = self._index(suite, architecture)
-        last = self._pins.last(reference)
+        last = await self._pins.last(reference)
         max_age = self._lifetime if last is None else self._clock() - last.resolved
         try:
             found = await index.refresh(max_age)

@@ -28,6 +28,7 @@ from chandlery.sources.arguments import PinnedArguments, SetArguments
 from chandlery.sources.git.address import GitAddress
 from chandlery.sources.git.repository import COMMIT, HEAD, GitLimits, GitRepository
 from chandlery.sources.negative_cache import MissingReferences
+from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins, Resolved
 from chandlery.sources.trees import SourceTrees
 
@@ -74,11 +75,11 @@ class GitSource:
         self._fresh = fresh
         self._second_looks = TokenBuckets(60.0, most_clients=1)
         self._trees = SourceTrees(data, self.text)
-        self._pins = Pins(data / "pins.json", self.text, self._resolve, limits)
+        self._pins = Pins(PinFile(data / "pins.json"), self.text, self._resolve, limits)
         # A commit stays what it is.
         for_ever = PinLimits(float("inf"), *((limits.patience, limits.back_off) if limits else ()))
         self._commits = Pins(
-            data / "commits.json",
+            PinFile(data / "commits.json"),
             self.text,
             self._resolve_commit,
             for_ever,
@@ -97,7 +98,7 @@ class GitSource:
             return await self._pin(self._reference, arguments)
         # The tag of a revision always means that revision, whatever branches are called.
         if _BEGINNING.fullmatch(reference) and len(reference) >= REVISION_TAG_LENGTH:
-            known = self._known(reference)
+            known = await self._known(reference)
             if known is not None:
                 return await self._at(known, arguments)
         if COMMIT.fullmatch(reference):
@@ -105,7 +106,7 @@ class GitSource:
         try:
             return await self._pin(reference, arguments)
         except ReferenceNotFoundError:
-            known = self._known(reference) if _BEGINNING.fullmatch(reference) else None
+            known = await self._known(reference) if _BEGINNING.fullmatch(reference) else None
             if known is None:
                 raise
             return await self._at(known, arguments)
@@ -202,9 +203,9 @@ class GitSource:
             )
         return None
 
-    def _known(self, beginning: str) -> str | None:
-        """Give the revision that was pinned once and begins so, if it is only one."""
-        found = {self._pins.revision(beginning), self._commits.revision(beginning)} - {None}
+    async def _known(self, beginning: str) -> str | None:
+        """Return the revision that was pinned once and begins so, if it is only one."""
+        found = {await each.revision(beginning) for each in (self._pins, self._commits)} - {None}
         return found.pop() if len(found) == 1 else None
 
     def _check(self, reference: str, name: str) -> None:

@@ -599,7 +599,7 @@ async def test_a_pin_is_as_old_as_the_list_that_it_comes_from(tmp_path: Path, re
     ages = []
     for _ in range(2):
         await source.pin(LATEST, HOST)
-        pin = source._pins.last("main")
+        pin = await source._pins.last("main")
         assert pin is not None
         ages.append(pin.resolved)
 
