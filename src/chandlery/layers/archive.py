@@ -285,7 +285,14 @@ def _pax_record(keyword: bytes, value: bytes) -> bytes:
 
 
 def merge(streams: Sequence[Iterable[Entry]]) -> Iterator[Entry]:
-    """Merge what several store paths hold into one order, as layers on top of each other are."""
+    """Merge what several store paths hold into one order, as layers on top of each other are.
+
+    What isn't a directory hides what lower streams hold below it, though an upper one has a directory there:
+
+        lower: d/, d/x    middle: d -> e    upper: d/, d/y    merged: d/, d/y
+        lower: d/, d/x    middle: d -> e                      merged: d -> e
+        lower: d/, d/x                      upper: d/, d/y    merged: d/, d/x, d/y
+    """
     if len(streams) == 1:
         yield from streams[0]
         return

@@ -196,11 +196,15 @@ def _merged_folders(lower: _RootLayout) -> list[bytes]:
 
 
 def _links(reader: Reader, root: StorePath) -> tuple[list[Entry], list[Entry]]:
-    """Give what links a store path's files from /, and apart from it, the links to directories.
+    """Return what links a store path's files from /, and apart from it, the links to directories.
 
     A link leads to its namesake in the store, so it means the same whatever other packages have. But a link
     to a directory leads to that directory at /, where packages are merged; and if it goes to another store
-    path, as buildEnv makes them, then the directory's content is linked in its place.
+    path, as buildEnv makes them, then the directory's content is linked in its place. Of a store path T:
+
+        bin/tool, a file           the directory bin, and bin/tool -> T/bin/tool
+        sbin -> bin                sbin -> /bin, apart: another package's directory sbin comes before it
+        share -> L/share, with a   the directory share, and share/a -> L/share/a
     """
     files: list[Entry] = []
     folders: list[Entry] = []

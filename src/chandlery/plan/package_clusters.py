@@ -13,7 +13,11 @@ nearly always has all of them, and if what is lost otherwise is small. Both can 
                             + u * size(m) * (1 - (1 - p(m))^60) * (1 - exp(-r * |needed by all less by m|))
 
    Both parts need only sums over the members and two counts of bits, so two groups are weighed up in a
-   microsecond however large they are.
+   microsecond however large they are. For example, two packages of 1 MiB that need nothing:
+
+       both in the same half of all images               1,676 bytes: joined if a mean image has 14 MB
+       one in half of the images, one in half of these   263,820 bytes: apart unless it has 2.2 GB
+
 3. Join the two groups that cost the least together, and again, until one layer less would cost an
    image an eight-thousandth of its size: hierarchical clustering, as of Ward (1963), with this cost.
 
