@@ -187,7 +187,7 @@ class Pins:
         now = self._clock()
         recent = now - max(_RECENT, _RECENT_LIFETIMES * self._limits.lifetime)
         pins = await self._store.pins()
-        attempts = []
+        attempts: dict[str, asyncio.Task[Pin]] = {}
         for reference in dict.fromkeys([*always, *pins]):
             known = pins.get(reference)
             if known is not None and 0 <= now - known.resolved < _RENEWAL * max_age:
@@ -196,11 +196,12 @@ class Pins:
                 attempt = self._attempts.get(reference)
                 if attempt is None and self._failures.get(reference) is None:
                     attempt = self._begin(reference, _pin(known))
-                attempts += [attempt.task] if attempt else []
+                if attempt is not None:
+                    attempts[reference] = attempt.task
         if attempts:
-            await asyncio.wait(attempts)
+            await asyncio.wait(attempts.values())
         for reference in always:
-            failure = self._failures.get(reference)
+            failure = self._failures.get(reference) or _failure(attempts.get(reference))
             if failure is not None and await self._store.pin(reference) is None:
                 raise failure
 
@@ -334,6 +335,14 @@ def stale_since(resolved: float, reason: str) -> str:
 
 def _pin(stored: StoredPin | None) -> Pin | None:
     return None if stored is None else Pin(stored.revision, stored.resolved, stored.details)
+
+
+def _failure(task: "asyncio.Task[Pin] | None") -> ChandleryError | None:
+    """Return what kept upstream from an answer, if it didn't answer; however short that is remembered."""
+    error = None if task is None or task.cancelled() else task.exception()
+    return (
+        error if isinstance(error, ChandleryError) and not isinstance(error, ReferenceNotFoundError) else None
+    )
 
 
 def _without_answer(last: Pin | None, error: ChandleryError) -> _Stale | _Missing:

@@ -297,6 +297,15 @@ async def test_a_refresh_is_no_use(pins: Pins, upstream: Upstream, clock: Clock)
     assert len(upstream.asked) == 1 + 86400 / LIMITS.lifetime
 
 
+async def test_a_refresh_that_fails_is_told_although_no_failure_is_remembered(
+    file: Path, upstream: Upstream, clock: Clock
+) -> None:
+    pins = Pins(PinFile(file), SOURCE, upstream.resolve, PinLimits(back_off=0.0), clock=clock)
+    upstream.dies()
+    with pytest.raises(SourceUnavailableError):
+        await pins.refresh(0, always=("main",))
+
+
 async def test_a_refresh_that_fails_is_told_only_if_there_is_nothing_to_serve(
     pins: Pins, upstream: Upstream, clock: Clock
 ) -> None:
