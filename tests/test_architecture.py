@@ -199,6 +199,12 @@ def test_what_is_imported_stands_in_an_import(module: str) -> None:
 
 
 @each_module
+def test_nothing_of_the_product_needs_the_demo(module: str) -> None:
+    demo = {each for each in own_imports(module) if room_of(each) == "demo"}
+    assert not demo or room_of(module) == "demo" or module == "cli.demo"
+
+
+@each_module
 def test_only_one_module_calls_nix(module: str) -> None:
     called = {
         node.value

@@ -65,7 +65,7 @@ def _basic(text: str) -> Password | None:
 
 
 def pull_scopes(texts: Iterable[str]) -> tuple[str, ...]:
-    """Give the names of the repositories to pull from that scopes ask for; what is no such scope is left out.
+    """Return the names of the repositories that scopes ask to pull from; what is no such scope is left out.
 
     `repository:shell/git:pull,push repository:jq:pull` gives `shell/git` and `jq`.
     """
@@ -79,5 +79,5 @@ def pull_scopes(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def pull_scope(name: str) -> str:
-    """Give the scope that pulling from a repository takes."""
+    """Return the scope that pulling from a repository takes."""
     return f"repository:{name}:{_PULL}"

@@ -60,13 +60,13 @@ def is_trusted(text: str, trusted: Sequence[Network]) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches what listens on an address, or on `localhost`."""
+    """Return whether only this machine reaches what listens on an address, or on `localhost`."""
     address = _parse(host)
     return host == "localhost" if address is None else address.is_loopback
 
 
 def client_network(text: str) -> str:
-    """Give what an address is counted under: a client with IPv6 has a whole /64 of them (RFC 4291, 2.5.4)."""
+    """Return what an address is counted under: a client with IPv6 has a /64 of them (RFC 4291, 2.5.4)."""
     address = _parse(text)
     if isinstance(address, IPv6Address):
         return str(ip_network((address, 64), strict=False))

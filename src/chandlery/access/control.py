@@ -91,14 +91,14 @@ class AccessControl:
         self._passwords = buckets("passwords", 60.0)
 
     async def admit(self, request: Request) -> Client:
-        """Tell who sent a request. Raises `CredentialsError` and `RateLimitError`."""
+        """Return who sent a request. Raises `CredentialsError` and `RateLimitError`."""
         credentials = parse_authorization(request.headers.get("authorization")) if self.accounts else None
         if self.accounts and credentials is None:
             raise CredentialsError("log in first: this server has users")
         return await self.identify(request, credentials)
 
     async def authorize(self, request: Request, name: str, image: ImageRequest) -> Client:
-        """Tell who sent a request about a repository and may; `PullDeniedError` for who may not."""
+        """Return who sent a request about a repository and may; `PullDeniedError` for who may not."""
         client = await self.admit(request)
         denied = self._rule(client).denied(image, self._sources[image.source])
         if denied:
@@ -108,7 +108,7 @@ class AccessControl:
         return client
 
     async def identify(self, request: Request, credentials: Credentials | None) -> Client:
-        """Tell whose credentials these are, and count the request; see `admit`."""
+        """Return whose credentials these are, and count the request; see `admit`."""
         address = client_address.noted(request)
         if self.accounts is None or credentials is None:
             client = Client(None, address)
@@ -130,7 +130,7 @@ class AccessControl:
             _raise_if(self._builds.take(client_key, limit), "builds", limit, "hour")
 
     def grant(self, client: Client, names: tuple[str, ...], name_prefixes: NamePrefixes) -> Grant:
-        """Give what a token for a client is good for: those of the repositories that it may pull from."""
+        """Return what a token for a client is good for: those of the repositories that it may pull from."""
         rule, allowed = self._rule(client), set()
         for name in names:
             try:
@@ -144,7 +144,7 @@ class AccessControl:
         return Grant(user, version or "", frozenset(allowed))
 
     def challenge(self, request: Request, error: CredentialsError) -> str:
-        """Give the WWW-Authenticate header of a request that was not let in (RFC 9110, section 11.6.1)."""
+        """Return the WWW-Authenticate header of a request that was not let in (RFC 9110, section 11.6.1)."""
         url = self._address.of(request)
         if url is None or request.scope["path"] == TOKEN_PATH:
             return f'Basic realm="{SERVICE}"'
@@ -173,7 +173,7 @@ class AccessControl:
 
 
 def _holder(accounts: Accounts, token: BearerToken, address: str) -> Client:
-    """Tell who sent a token; `CredentialsError` if it isn't good, or not any more."""
+    """Return who sent a token; `CredentialsError` if it isn't good, or not any more."""
     grant = accounts.tokens.read(token.text)
     if not grant.user:
         good = accounts.anonymous

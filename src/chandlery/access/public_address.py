@@ -24,7 +24,7 @@ class PublicAddress:
     trusted_proxies: Sequence[Network] = ()
 
     def of(self, request: Request) -> str | None:
-        """Give the URL at which the client of a request reached this server; None if it isn't known."""
+        """Return the URL at which the client of a request reached this server; None if it isn't known."""
         if self.url:
             return self.url
         headers = request.headers

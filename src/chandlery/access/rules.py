@@ -36,11 +36,11 @@ class Rule(BaseModel):
 
     @property
     def restricts(self) -> bool:
-        """Tell whether there is anything that it refuses."""
+        """Return whether there is anything that it refuses."""
         return (self.allow, self.deny, self.sources) != (("*",), (), ("*",))
 
     def denied(self, request: ImageRequest, source: Sequence[str]) -> tuple[str, ...]:
-        """Give what of a request is refused: the package source, or else packages; profiles count as such.
+        """Return what of a request is refused: the package source, or else packages; profiles count as such.
 
         `source` is the text of the package source, and its name if it has one: either is as good.
         """
@@ -69,11 +69,11 @@ class AccessRules(BaseModel):
 
     @property
     def restrict(self) -> bool:
-        """Tell whether there is anything that not everybody may have."""
+        """Return whether there is anything that not everybody may have."""
         return any(rule.restricts for rule in (self.default, *self._complete.values()))
 
     def of(self, user: str | None) -> Rule:
-        """Give the rule of a user; None is a client that has not logged in."""
+        """Return the rule of a user; None is a client that has not logged in."""
         return self._complete.get(user, self.default)
 
 

@@ -71,7 +71,7 @@ class Tokens:
         return grant
 
     def _decoded(self, token: str) -> tuple[Grant, float]:
-        """Give what a token says, and its end in seconds since the epoch."""
+        """Return what a token says, and its end in seconds since the epoch."""
         options: Any = {"require": ["exp", "sub", "aud", "iss"], "verify_exp": False, "verify_iat": False}
         try:
             claims = jwt.decode(

@@ -52,13 +52,13 @@ class Users:
         self._slots = asyncio.Semaphore(_HASHES_AT_ONCE)
 
     def remembers(self, user: str, password: str) -> bool:
-        """Tell whether this was found right a short time ago."""
+        """Return whether this was found right a short time ago."""
         self._refresh()
         stored = self._hashes.get(user)
         return stored is not None and self._proof(stored, password) in self._proven
 
     async def check(self, user: str, password: str) -> bool:
-        """Tell whether there is such a user with this password."""
+        """Return whether there is such a user with this password."""
         self._refresh()
         known = self._hashes.get(user)
         stored = known or self._stand_in()
@@ -73,7 +73,7 @@ class Users:
         return True
 
     def version(self, user: str) -> str | None:
-        """Give what changes with a user's password and tells nothing about it; None if there is no user."""
+        """Return what changes with a user's password and tells nothing about it; None if there is no user."""
         self._refresh()
         stored = self._hashes.get(user)
         return None if stored is None else hashlib.sha256(stored.encode()).hexdigest()[:16]
@@ -83,7 +83,7 @@ class Users:
         return hashlib.blake2b(b"%s:%s" % (stored.encode(), _cut(password)), key=self._key).digest()
 
     def _stand_in(self) -> str:
-        """Give a hash for a name that isn't there, as slow as the others and of no password that is known."""
+        """Return a hash for a missing name, as slow as the others and of no password that is known."""
         costs = [stored[4:6] for stored in self._hashes.values()]
         return f"$2b${max(costs, default='05')}${'.' * 53}"
 
@@ -103,7 +103,7 @@ def _cut(password: str) -> bytes:
 
 
 def _signature(file: Path) -> tuple[int, ...]:
-    """Give what changes with a file's content; nothing if there is no file."""
+    """Return what changes with a file's content; nothing if there is no file."""
     try:
         status = os.stat(file)  # noqa: PTH116 (every request does this, and Path.stat takes twice the time)
     except OSError:

@@ -156,7 +156,7 @@ def _progress(registry: _Registry, console: Console) -> Iterator[None]:
 
 
 def _new_events(registry: _Registry) -> list[str]:
-    """Give the log's new events that say something to somebody who waits."""
+    """Return the log's new events that say something to somebody who waits."""
     events = []
     for line in registry.log.read_bytes().splitlines():
         with suppress(msgspec.DecodeError):

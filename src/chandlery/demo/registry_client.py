@@ -101,7 +101,7 @@ def _parse(text: str) -> Digest:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Give the message of an OCI error body (distribution-spec, "Error Codes"), or the status."""
+    """Return the message of an OCI error body (distribution-spec, "Error Codes"), or the status."""
     try:
         return "; ".join(str(each["message"]) for each in response.json()["errors"])
     except (ValueError, KeyError, TypeError):

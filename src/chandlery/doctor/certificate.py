@@ -12,7 +12,7 @@ class CertificateRefusedError(Exception):
 
 
 def good_until(certificate: Path, key: Path, host: str = "") -> float:
-    """Give when the certificate ends (seconds since 1970), as a client sees it that trusts whoever signed it.
+    """Return when the certificate ends (seconds since 1970), to a client that trusts whoever signed it.
 
     With `host`, it is refused that it is for another. Raises `CertificateRefusedError`, and `ssl.SSLError` or
     `OSError` if the files can't be used.

@@ -68,7 +68,7 @@ def scratch_folder(data_dir: Path) -> Iterator[Path]:
 
 
 def machine_checks(settings: Settings, scratch: Path, clock: Clock = time.time) -> list[Check]:
-    """Give the checks for these settings; what they write goes to `scratch`."""
+    """Return the checks for these settings; what they write goes to `scratch`."""
     # All that has a folder of its own in the data folder has it there instead.
     aside = settings.model_copy(update={"data_dir": scratch})
     made = asyncio.Lock()
@@ -173,7 +173,7 @@ def _memory(settings: Settings) -> Outcome:
 
 
 def _memory_limit() -> int | None:
-    """Give the bytes that a container may have (cgroup v2, "memory.max"); None without a limit."""
+    """Return the bytes that a container may have (cgroup v2, "memory.max"); None without a limit."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
@@ -182,7 +182,7 @@ def _memory_limit() -> int | None:
 
 
 async def _opened(settings: Settings, made: asyncio.Lock) -> tuple[Nix, str]:
-    """Give a Nix that has its store, and the version; Nix 2.8 fails if two make a store at once."""
+    """Return a Nix that has its store, and the version; Nix 2.8 fails if two make a store at once."""
     nix = open_nix(settings)
     async with made:
         return nix, await nix.check()
@@ -290,7 +290,7 @@ async def _clock(settings: Settings, scratch: Path, clock: Clock) -> Outcome:
 
 
 async def _urls(settings: Settings, scratch: Path) -> Sequence[str]:
-    """Give addresses of servers that are asked anyway."""
+    """Return addresses of servers that are asked anyway."""
     found: list[str] = []
     for source in settings.all_sources.values():
         kind, _, location = source.location.partition("!")
@@ -380,7 +380,7 @@ def _certificate(settings: Settings, aside: Settings, clock: Clock) -> Outcome:
 
 
 def _nearest_folder(folder: Path) -> Path:
-    """Give the folder itself, or what of its path is there."""
+    """Return the folder itself, or what of its path is there."""
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 

@@ -30,5 +30,5 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def is_full(folder: Path) -> bool:
-    """Tell whether a folder's disk is as good as full, whatever a program that wrote there calls it."""
+    """Return whether a folder's disk is as good as full, whatever a program that wrote there calls it."""
     return shutil.disk_usage(folder).free < _LEAST_SPACE

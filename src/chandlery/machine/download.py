@@ -107,7 +107,7 @@ async def fetch(
 
 
 async def fetch_text(address: Address, size: int, limits: DownloadLimits | None = None) -> str:
-    """Give a small text; one of more than `size` bytes is cut off there."""
+    """Return a small text; one of more than `size` bytes is cut off there."""
 
     def consume(read: Callable[[], bytes]) -> bytes:
         text = b""

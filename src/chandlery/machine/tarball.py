@@ -133,7 +133,7 @@ class _Tree:
                 raise TarballError(f"the link {shown!r} leads out of it")
 
     def _below_top(self, text: str) -> bytes:
-        """Give a name without the one folder around everything."""
+        """Return a name without the one folder around everything."""
         name = _encoded(text)
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
         if name.startswith(b"/") or b".." in parts or b"\0" in name:
@@ -194,7 +194,7 @@ class _Source:
         self._ended = False
 
     def peek(self, size: int) -> bytes:
-        """Give the next bytes, fewer than `size` only at the end, and leave them to be read."""
+        """Return the next bytes, fewer than `size` only at the end, and leave them to be read."""
         while len(self._buffer) < size and not self._ended:
             piece = self._read()
             self._ended = not piece
@@ -202,7 +202,7 @@ class _Source:
         return self._buffer[:size]
 
     def read(self, size: int = -1) -> bytes:
-        """Give bytes, at most `size`; none at the end."""
+        """Return bytes, at most `size`; none at the end."""
         if not self._buffer:
             self.peek(1)
         given = self._buffer if size < 0 else self._buffer[:size]
@@ -234,7 +234,7 @@ class _Stream:
         self.last = b""
 
     def read(self, size: int) -> bytes:
-        """Give `size` bytes, fewer only at the end."""
+        """Return `size` bytes, fewer only at the end."""
         if size > _PIECE:
             raise TarballError(f"it has a header of {size} bytes")
         while len(self._buffer) - self._begin < size and self._fill():
@@ -245,7 +245,7 @@ class _Stream:
         return self.last
 
     def tell(self) -> int:
-        """Give how much was read, in bytes."""
+        """Return how much was read, in bytes."""
         return self._position
 
     def seek(self, position: int) -> int:

@@ -43,7 +43,7 @@ class TemporaryFolder:
 
     @contextmanager
     def file(self) -> Iterator[Path]:
-        """Give a path to write a new file at; whatever is still there in the end is removed.
+        """Yield a path to write a new file at; whatever is still there in the end is removed.
 
         A full disk in the body becomes `StorageFullError`.
         """

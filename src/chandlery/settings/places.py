@@ -30,7 +30,7 @@ class Origin:
     name: str = ""
 
     def __str__(self) -> str:
-        """Give it as people read it."""
+        """Return it as people read it."""
         words = {"nixery": "Nixery's variable", "option": "option", "variable": "variable", "file": "file"}
         return f"{words[self.kind]} {self.name}" if self.kind in words else self.kind
 
@@ -53,14 +53,14 @@ class Places:
         self._places = tuple(places)
 
     def values(self) -> dict[str, Any]:
-        """Give what they say together."""
+        """Return what they say together."""
         together: dict[str, Any] = {}
         for place in reversed(self._places):
             together = _over(place.values, together)
         return together
 
     def origin(self, path: KeyPath) -> Origin:
-        """Tell where a value is from; one that nobody said is the default."""
+        """Return where a value is from; one that nobody said is the default."""
         for place in self._places:
             if _says(place.values, path):
                 return place.origins[str(path[0])]
@@ -68,7 +68,7 @@ class Places:
 
 
 def options(given: Mapping[str, Any]) -> Place:
-    """Give the options of the command line; those that are None were not given."""
+    """Return the options of the command line; those that are None were not given."""
     values = {name: value for name, value in given.items() if value is not None}
     return Place(values, {name: Origin("option", f"--{name.replace('_', '-')}") for name in values})
 
@@ -105,7 +105,7 @@ def variable(setting: str) -> str:
 
 
 def is_of_kubernetes(value: str) -> bool:
-    """Tell what Kubernetes puts into CHANDLERY_PORT beside a service called chandlery: an address."""
+    """Return whether a value is what Kubernetes says beside a service called chandlery: an address."""
     return value.startswith(("tcp://", "udp://", "sctp://"))
 
 
@@ -136,7 +136,7 @@ def _is(annotation: Any, kinds: frozenset[type]) -> bool:
 
 
 def _over(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
-    """Give both tables as one; where both say something, it is `upper` that counts."""
+    """Return both tables as one; where both say something, it is `upper` that counts."""
     both = dict(lower)
     for key, value in upper.items():
         below = both.get(key)

@@ -28,7 +28,7 @@ class ContradictionError(ValueError):
 
 
 def settings_error(error: ValidationError, model: type[BaseModel], places: Places) -> SettingsError:
-    """Give everything that pydantic found, in one line."""
+    """Return everything that pydantic found, in one line."""
     return SettingsError("; ".join(dict.fromkeys(_problem(each, model, places) for each in error.errors())))
 
 
@@ -77,7 +77,7 @@ def _unknown(path: KeyPath, model: type[BaseModel]) -> str:
 
 
 def _keys(annotation: Any, path: KeyPath) -> Collection[str]:
-    """Give the keys of the table that a path leads to, from a type on."""
+    """Return the keys of the table that a path leads to, from a type on."""
     keys = _fields(annotation)
     if not path:
         return keys

@@ -47,7 +47,7 @@ _OF_KUBERNETES = re.compile(r"CHANDLERY_(SERVICE_(HOST|PORT)(_.*)?|PORT_[0-9]+_(
 Architecture = Literal["amd64", "arm64"]
 
 
-def _first_part(name: str) -> str:
+def _name_prefix(name: str) -> str:
     if not image_name.is_part(name):
         raise ValueError(
             "no image name can begin so: its parts hold a-z and 0-9, with single . or _ or any number of - "
@@ -58,7 +58,7 @@ def _first_part(name: str) -> str:
     return name
 
 
-FirstPart = Annotated[str, AfterValidator(_first_part)]
+NamePrefix = Annotated[str, AfterValidator(_name_prefix)]
 
 
 class SourceSettings(BaseModel):
@@ -93,7 +93,7 @@ class SourceSettings(BaseModel):
 
 
 def _default_data_dir() -> Path:
-    """Give /var/lib/chandlery for root, and else the user's own place (XDG Base Directory Specification)."""
+    """Return /var/lib/chandlery for root, else the user's own place (XDG Base Directory Specification)."""
     if os.geteuid() == 0:
         return Path("/var/lib/chandlery")
     share = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
@@ -101,7 +101,7 @@ def _default_data_dir() -> Path:
 
 
 def _is_collector_named() -> bool:
-    """Tell whether OpenTelemetry's own variables say where traces go."""
+    """Return whether OpenTelemetry's own variables say where traces go."""
     names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     return any(os.environ.get(name) for name in names)
 
@@ -135,15 +135,15 @@ class Settings(BaseModel):
     workers: int = Field(1, ge=1, le=64, description="processes that answer requests")
 
     source: str = Field("debian!bookworm", description="the package set, or the name of one of `sources`")
-    sources: Mapping[FirstPart, SourceSettings] = Field(
-        default_factory=dict, description="package sets by name, which the first part of an image name picks"
+    sources: Mapping[NamePrefix, SourceSettings] = Field(
+        default_factory=dict, description="package sets by name, which a prefix of an image name picks"
     )
     source_refresh: float = Field(3600.0, gt=0, description="how long a pin lives before it is renewed")
     platforms: tuple[Architecture, ...] = Field(
         (), description="of image names that choose none; none: the host's, and with debian! amd64 and arm64"
     )
-    profiles: Mapping[FirstPart, Profile] = Field(
-        default_factory=dict, description="first parts of image names: user, command, environment, packages"
+    profiles: Mapping[NamePrefix, Profile] = Field(
+        default_factory=dict, description="prefixes of image names: user, command, environment, packages"
     )
     nixpkgs_channel_url: str = Field(
         "https://channels.nixos.org/{channel}/git-revision",
@@ -367,7 +367,7 @@ class Settings(BaseModel):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Give what every setting is that nobody says, as it is written in a settings file."""
+        """Return what every setting is that nobody says, as it is written in a settings file."""
         return cls.model_validate({}).model_dump(mode="json", by_alias=True)
 
     @property
@@ -376,11 +376,11 @@ class Settings(BaseModel):
         return self._notices
 
     def origin(self, *path: str) -> Origin:
-        """Tell where a setting is from; of a table, `path` leads on to a value in it."""
+        """Return where a setting is from; of a table, `path` leads on to a value in it."""
         return self._places.origin(path)
 
     def in_force(self) -> Iterator[SettingInForce]:
-        """Give every setting, and of tables what is in them."""
+        """Yield every setting, and of tables what is in them."""
         for name in type(self).model_fields:
             # Within a table, what nobody said is left out.
             said = self.model_dump(
@@ -394,7 +394,7 @@ class Settings(BaseModel):
 
 
 def _unknown_variables(settings_type: type[Settings]) -> Iterator[str]:
-    """Tell of variables that look like settings and are none, such as mistyped ones."""
+    """Yield notices of variables that look like settings and are none, such as mistyped ones."""
     known = {setting_places.variable(name) for name in settings_type.model_fields} | {_FILE_VARIABLE}
     for name in sorted(os.environ):
         if not name.startswith(setting_places.VARIABLE_PREFIX) or _OF_KUBERNETES.fullmatch(name):
@@ -411,7 +411,7 @@ def _unknown_variables(settings_type: type[Settings]) -> Iterator[str]:
 
 
 def _notices_of_nixery(settings: Settings, nixery: NixeryEnvironment) -> Iterator[str]:
-    """Tell what is so because of Nixery's variables, and what of them isn't."""
+    """Yield what is so because of Nixery's variables, and what of them isn't."""
     if nixery.in_use:
         yield f"Nixery's variables are read, since {nixery.in_use} is set"
     if Origin("nixery", nixery.in_use) in (settings.origin("host"), settings.origin("anonymous")):

@@ -16,7 +16,7 @@ _QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|sig)[^=&\s]*=)[^
 
 
 def without_secrets(text: str) -> str:
-    """Give a text without the passwords and tokens of the URLs in it."""
+    """Return a text without the passwords and tokens of the URLs in it."""
     return _QUERY.sub(rf"\1{MASK}", _USER.sub(_without_password, text))
 
 
@@ -29,7 +29,7 @@ def _without_password(match: re.Match[str]) -> str:
 
 
 def shown(path: tuple[str, ...], value: Any) -> Any:
-    """Give a value as others may see it; what is below a setting, and called as secrets are, is not told."""
+    """Return a value as others may see it; what is below a setting, and called as secrets are, is masked."""
     if len(path) > 1 and value and _SECRET_NAME.search(path[-1]):
         return MASK
     if isinstance(value, str):
@@ -40,7 +40,7 @@ def shown(path: tuple[str, ...], value: Any) -> Any:
 
 
 def leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Give the values of a table, each with its whole path; an empty table is a value."""
+    """Yield the values of a table, each with its whole path; an empty table is a value."""
     if isinstance(value, Mapping) and value:
         for key, each in value.items():
             yield from leaves((*path, str(key)), each)
@@ -49,7 +49,7 @@ def leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...],
 
 
 def dotted(path: tuple[str, ...]) -> str:
-    """Give a path as TOML writes it (TOML 1.0, "Keys")."""
+    """Return a path as TOML writes it (TOML 1.0, "Keys")."""
     return ".".join(key if _BARE_KEY.fullmatch(key) else _text(key) for key in path)
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from chandlery.errors import SourceUnavailableError
 from chandlery.nix.pinned_source import PinnedSource
-from chandlery.sources.operator_folder import WatchedFolder
+from chandlery.sources.operator_folder import OperatorFolder
 from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins
 from chandlery.sources.trees import SourceTrees
@@ -36,7 +36,7 @@ class PinnedArguments:
     stale: str = ""
 
     def source(self, kind: str, location: str, revision: str, tree: Path, stale: str = "") -> PinnedSource:
-        """Give the package set that stands in a tree, called with these.
+        """Return the package set that stands in a tree, called with these.
 
         `SourceUnavailableError` if there is none.
         """
@@ -56,10 +56,10 @@ class SetArguments:
         # What TOML can say and JSON can't, such as a date, becomes text.
         self._config: Mapping[str, Any] = msgspec.json.decode(msgspec.json.encode(config or {}))
         self._trees = SourceTrees(folder, "overlays", most=_MOST_TREES)
-        self._overlays = [self._watched(path.expanduser().absolute(), folder) for path in overlays]
+        self._overlays = [self._pins_of(path.expanduser().absolute(), folder) for path in overlays]
 
     async def pin(self) -> PinnedArguments:
-        """Give the arguments as they are now; an overlay that can't be read is as it was last.
+        """Return the arguments as they are now; an overlay that can't be read is as it was last.
 
         Raises `SourceUnavailableError` if it never could be.
         """
@@ -76,8 +76,8 @@ class SetArguments:
         stale = "; ".join(pin.stale for pin in pins if pin.stale)
         return PinnedArguments(hashlib.sha256(stated).hexdigest(), self._config, trees, stale)
 
-    def _watched(self, path: Path, folder: Path) -> Pins:
+    def _pins_of(self, path: Path, folder: Path) -> Pins:
         key = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:16]
         text = f"overlay {path}"
-        watched = WatchedFolder(path, self._trees, text)
-        return Pins(PinFile(folder / f"{key}.json"), text, watched.resolve, LOCAL_LIMITS)
+        overlay = OperatorFolder(path, self._trees, text)
+        return Pins(PinFile(folder / f"{key}.json"), text, overlay.resolve, LOCAL_LIMITS)

@@ -33,18 +33,18 @@ class Sources:
 
     @classmethod
     def of_one(cls, source: PackageSource) -> "Sources":
-        """Give a source that has no name."""
+        """Return a source that has no name."""
         return cls({"": ConfiguredSource(source, source.platforms)})
 
     def __iter__(self) -> Iterator[ConfiguredSource]:
         return iter(self._named.values())
 
     def of(self, name: str) -> PackageSource:
-        """Give the source of an `ImageRequest`."""
+        """Return the source of an `ImageRequest`."""
         return self._named[name or self._default].source
 
     def platforms(self, name: str) -> Sequence[Platform]:
-        """Give the platforms of image names that choose none."""
+        """Return the platforms of image names that choose none."""
         return self._named[name or self._default].platforms
 
     async def at(self, pin: PinnedSource, platform: Platform) -> PinnedSource | None:

@@ -124,13 +124,13 @@ class FlakeReference:
         )
 
     def without_secrets(self, text: str) -> str:
-        """Give a text of Nix's without the credentials of this reference."""
+        """Return a text of Nix's without the credentials of this reference."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
     def stripped(self, text: str) -> str:
-        """Give another reference to this flake without the credentials."""
+        """Return another reference to this flake without the credentials."""
         parts = urlsplit(text)
         netloc = parts.netloc.rpartition("@")[2] if self._userinfo else parts.netloc
         start = f"{parts.scheme}://{netloc}{parts.path}" if parts.netloc else text.partition("?")[0]
@@ -209,7 +209,7 @@ class FlakeSource:
         await self._pins.close()
 
     async def _source(self, revision: str, stale: str = "") -> PinnedSource:
-        """Give a revision that was pinned once; one that has gone from the store since is fetched again."""
+        """Return a revision that was pinned once; one that has gone from the store since is fetched again."""
         try:
             details = await self._pins.details(revision)
             if not self._hand_out(revision):
@@ -278,7 +278,7 @@ class FlakeSource:
         return flake
 
     def _hand_out(self, revision: str) -> bool:
-        """Tell whether everything of a revision is in the store; it stays for an hour at least."""
+        """Return whether everything of a revision is in the store; it stays for an hour at least."""
         roots = self._roots / revision
         now = self._clock()
         try:

@@ -32,12 +32,12 @@ class _Place:
     nix: FlakeStore | None
 
     def data(self, kind: str, location: str) -> Path:
-        """Give the folder of one source. A location has no credentials: a new password changes nothing."""
+        """Return the folder of one source. A location has no credentials: a new password changes nothing."""
         key = hashlib.sha256(f"{kind}!{location}".encode(errors="surrogateescape")).hexdigest()[:16]
         return self.folder / "sources" / f"{kind}-{key}"
 
     def arguments(self) -> SetArguments:
-        """Give what a package set of nixpkgs' shape is called with."""
+        """Return what a package set of nixpkgs' shape is called with."""
         return SetArguments(self.folder / "sources" / "overlays", self.options.config, self.options.overlays)
 
 

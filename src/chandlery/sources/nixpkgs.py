@@ -85,11 +85,11 @@ class NixpkgsAddresses:
         return cls(channel_template, tarball_template)
 
     def channel(self, name: str) -> Address:
-        """Give the address of a channel's revision."""
+        """Return the address of a channel's revision."""
         return Address.parse(self.channel_template.replace("{channel}", name))
 
     def tarball(self, revision: str) -> Address:
-        """Give the address of a revision's tarball."""
+        """Return the address of a revision's tarball."""
         return Address.parse(self.tarball_template.replace("{revision}", revision))
 
 
@@ -185,7 +185,7 @@ class NixpkgsSource:
         )
 
     async def _source(self, revision: str, arguments: PinnedArguments, stale: str = "") -> PinnedSource:
-        """Give a revision that was pinned once; its tree may have gone since, and is fetched again."""
+        """Return a revision that was pinned once; its tree may have gone since, and is fetched again."""
         try:
             tree = self._trees.get(revision) or await self._tree(revision)
         except ChandleryError as error:
@@ -212,7 +212,7 @@ class NixpkgsSource:
         return Resolved(revision)
 
     async def _published(self, channel: str, reference: str) -> str:
-        """Give the commit that a channel stands at."""
+        """Return the commit that a channel stands at."""
         address = self._addresses.channel(channel)
         try:
             answer = await retried(

@@ -16,7 +16,7 @@ _TRIES = 5
 _LARGEST_FILE = 64 << 20
 
 
-class WatchedFolder:
+class OperatorFolder:
     """What a path holds now, and its copy among the trees; `text` is what errors call it."""
 
     def __init__(self, path: Path, trees: SourceTrees, text: str) -> None:
@@ -27,7 +27,7 @@ class WatchedFolder:
         self._last: Copied | None = None
 
     async def resolve(self, _reference: str = "") -> Resolved:
-        """Give the content's revision, once its tree is there. Raises `SourceUnavailableError`."""
+        """Return the content's revision, once its tree is there. Raises `SourceUnavailableError`."""
         for _ in range(_TRIES):
             try:
                 # Both at once: it is done for every pull.
@@ -44,7 +44,7 @@ class WatchedFolder:
         raise SourceUnavailableError(self._text, f"{self._path} changed each time that it was copied")
 
     def _look(self) -> Snapshot | None:
-        """Give what stands below the folder; None if it is a file."""
+        """Return what stands below the folder; None if it is a file."""
         return None if self._path.is_file() else self._content.snapshot()
 
     async def _folder(self, snapshot: Snapshot) -> Resolved:

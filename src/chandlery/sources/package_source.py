@@ -38,11 +38,11 @@ class PackageSource(Protocol):
 
     @property
     def platforms(self) -> tuple[Platform, ...]:
-        """Give the platforms for which it makes images on this machine, the machine's own first."""
+        """Return the platforms for which it makes images on this machine, the machine's own first."""
         ...
 
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
-        """Give what a tag means now: `latest`, the tag of a revision, or what else the source has.
+        """Return what a tag means now: `latest`, the tag of a revision, or what else the source has.
 
         Raises `ReferenceNotFoundError` for another tag, `SourceUnavailableError` if there is nothing to pin.
         Cancelling the call stops nothing that another one waits for.
@@ -50,7 +50,7 @@ class PackageSource(Protocol):
         ...
 
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
-        """Give a revision that was pinned once; None if the source can't give it any more."""
+        """Return a revision that was pinned once; None if the source can't give it any more."""
         ...
 
     async def refresh(self, max_age: float) -> None:

@@ -13,7 +13,7 @@ from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.arguments import LOCAL_LIMITS, PinnedArguments, SetArguments
-from chandlery.sources.operator_folder import WatchedFolder
+from chandlery.sources.operator_folder import OperatorFolder
 from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import Pins
 from chandlery.sources.trees import SourceTrees
@@ -31,9 +31,9 @@ class PathSource:
         self.text = f"path!{folder}"
         self._arguments = arguments
         self._trees = SourceTrees(data, self.text)
-        watched = WatchedFolder(folder, self._trees, self.text)
+        operator_folder = OperatorFolder(folder, self._trees, self.text)
         self._pin_file = data / "pins.json"
-        self._pins = Pins(PinFile(self._pin_file), self.text, watched.resolve, LOCAL_LIMITS)
+        self._pins = Pins(PinFile(self._pin_file), self.text, operator_folder.resolve, LOCAL_LIMITS)
 
     @property
     def platforms(self) -> tuple[Platform, ...]:

@@ -71,7 +71,7 @@ class SourceTrees:
         return folder / TREE_NAME
 
     def revision(self, beginning: str) -> str | None:
-        """Give the revision of the tree that begins so; None without one, or with several."""
+        """Return the revision of the tree that begins so; None without one, or with several."""
         found = [each for each in self._revisions() if each.startswith(beginning)]
         return found[0] if len(found) == 1 else None
 
@@ -118,7 +118,7 @@ class SourceTrees:
 
     @asynccontextmanager
     async def _aside(self) -> AsyncIterator[Path]:
-        """Give a folder that goes in the end, and after a crash, unless it was renamed."""
+        """Yield a folder that goes in the end, and after a crash, unless it was renamed."""
         aside = self._folder / _MAKING / token_hex(8)
         with self._locked():
             aside.mkdir()

@@ -2,7 +2,7 @@
 
 apt runs in a private directory, for any architecture and without root, and checks the index's signature. Its
 mirrors are those that this machine's apt is configured with, unless the settings name others; none is written
-here. A lock is a folder named by its revision, made aside and renamed, so that what is there is whole.
+here. A snapshot is a folder named by its revision, made aside and renamed, so that what is there is whole.
 """
 
 import os
@@ -24,12 +24,12 @@ from chandlery.machine.durable import durably_replace
 from chandlery.machine.locks import holding
 from chandlery.machine.process_pool import ProcessPool
 from chandlery.machine.program import Limits, OutputLimitError, ProgramMissingError, TimeLimitError
-from chandlery.sources.debian.snapshot import DebianLock, parse_packages
+from chandlery.sources.debian.snapshot import DebianSnapshot, parse_packages
 
 log = structlog.get_logger()
 
 # Revisions that are kept, 28 MB each: the newest, and those that images in use were made at (`keep`).
-KEPT_LOCKS = 16
+KEPT_SNAPSHOTS = 16
 
 _ALIASES = files("chandlery") / "nix/expressions/debian_aliases.json"
 _COMPONENT = "main"
@@ -92,16 +92,16 @@ class Repository:
 
 @dataclass(frozen=True, slots=True)
 class PinnedIndex:
-    """A suite as it stood once: the folder with its lock, and the addresses its repositories have now."""
+    """A suite as it stood once: the folder with its snapshot, and the addresses its repositories have now."""
 
     revision: str
-    lock: Path
+    snapshot: Path
     mirrors: tuple[str, ...]
 
     @property
     def popularity(self) -> Path:
         """The file with the popularity of its packages (see `Popularity`)."""
-        return self.lock / _POPULARITY
+        return self.snapshot / _POPULARITY
 
 
 class DebianIndex:
@@ -114,7 +114,7 @@ class DebianIndex:
         self._mirrors = mirrors
 
     def current(self) -> PinnedIndex | None:
-        """Give the last good state of the suite, or None if there never was one."""
+        """Return the last good state of the suite, or None if there never was one."""
         try:
             revision = (self._folder / "current").read_text().strip()
         except FileNotFoundError:
@@ -122,21 +122,21 @@ class DebianIndex:
         return self.at(revision)
 
     def at(self, revision: str) -> PinnedIndex | None:
-        """Give the suite as it stood at a revision (or the beginning of one), if it is still kept."""
+        """Return the suite as it stood at a revision (or the beginning of one), if it is still kept."""
         if re.fullmatch("[0-9a-f]{12,64}", revision) is None:
             return None
-        lock: Path | None = self._folder / "locks" / revision
+        snapshot: Path | None = self._folder / "locks" / revision
         if len(revision) < _REVISION_LENGTH:
-            lock = next(iter(sorted((self._folder / "locks").glob(f"{revision}*"))), None)
+            snapshot = next(iter(sorted((self._folder / "locks").glob(f"{revision}*"))), None)
         # One that an older version made has no table.
-        if lock is None or not (lock / _POPULARITY).exists():
+        if snapshot is None or not (snapshot / _POPULARITY).exists():
             return None
         mirrors = msgspec.json.decode((self._folder / "mirrors.json").read_bytes(), type=tuple[str, ...])
-        return PinnedIndex(lock.name, lock, mirrors)
+        return PinnedIndex(snapshot.name, snapshot, mirrors)
 
     def keep(self, revisions: Sequence[str]) -> None:
-        """Let the locks of these revisions be the last that are removed; the most wanted comes first."""
-        # `keep_lock` removes the oldest, by the time of their folder.
+        """Let the snapshots of these revisions be the last that are removed; the most wanted comes first."""
+        # `keep_snapshot` removes the oldest, by the time of their folder.
         now = time.time()
         for number, revision in enumerate(revisions):
             with suppress(OSError):
@@ -148,7 +148,7 @@ class DebianIndex:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def age(self) -> float:
-        """Tell how many seconds ago the index was last fetched; infinity if never."""
+        """Return how many seconds ago the index was last fetched; infinity if never."""
         try:
             return max(0.0, time.time() - (self._folder / "current").stat().st_mtime)
         except FileNotFoundError:
@@ -213,7 +213,7 @@ class DebianIndex:
         # Seconds of pure computation, with half a gigabyte: in a process of its own, which ends with it.
         async with ProcessPool(1) as processes:
             addresses = [each.address for each in repositories]
-            revision, unresolved = await processes.run(keep_lock, self._folder, texts, addresses)
+            revision, unresolved = await processes.run(keep_snapshot, self._folder, texts, addresses)
         log.info(
             "debian index fetched",
             suite=self._suite,
@@ -223,7 +223,7 @@ class DebianIndex:
         )
 
     async def addresses(self) -> list[str]:
-        """Give the addresses of the mirrors in force. Raises `SourceUnavailableError` if there are none."""
+        """Return the addresses of the mirrors in force. Raises `SourceUnavailableError` if there are none."""
         return list(dict.fromkeys(each.address for each in await self._repositories()))
 
     async def _repositories(self) -> list[Repository]:
@@ -288,33 +288,35 @@ class DebianIndex:
         return finished.stdout.decode(errors="replace")
 
 
-def keep_lock(folder: Path, texts: Sequence[str], addresses: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Make the lock of some Packages files, and only then let `current` name it.
+def keep_snapshot(
+    folder: Path, texts: Sequence[str], addresses: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Make the snapshot of some Packages files, and only then let `current` name it.
 
-    A kill in between leaves the old one in force. Gives the lock's revision, and the dependencies that
+    A kill in between leaves the old one in force. Returns the snapshot's revision, and the dependencies that
     nothing meets.
     """
     packages = (each for number, text in enumerate(texts) for each in parse_packages(text, number))
-    lock = DebianLock.of(packages, load_aliases())
-    revision = lock.revision()
-    locks = folder / "locks"
-    if not (locks / revision).exists():
+    snapshot = DebianSnapshot.of(packages, load_aliases())
+    revision = snapshot.revision()
+    snapshots = folder / "locks"
+    if not (snapshots / revision).exists():
         aside = folder / "lock.new"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for name, content in lock.files():
+        for name, content in snapshot.files():
             (aside / name).write_bytes(content)
-        (aside / _POPULARITY).write_bytes(lock.popularity().encode())
+        (aside / _POPULARITY).write_bytes(snapshot.popularity().encode())
         os.sync()
-        locks.mkdir(exist_ok=True)
-        aside.rename(locks / revision)
+        snapshots.mkdir(exist_ok=True)
+        aside.rename(snapshots / revision)
     durably_replace(folder / "mirrors.json", msgspec.json.encode(list(addresses)))
     durably_replace(folder / "current", revision.encode())
-    (locks / revision).touch()
-    by_age = sorted(locks.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
-    for old in by_age[KEPT_LOCKS:]:
+    (snapshots / revision).touch()
+    by_age = sorted(snapshots.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
+    for old in by_age[KEPT_SNAPSHOTS:]:
         shutil.rmtree(old, ignore_errors=True)
-    return revision, lock.unresolved
+    return revision, snapshot.unresolved
 
 
 def load_aliases() -> Mapping[str, Sequence[str]]:
@@ -323,7 +325,7 @@ def load_aliases() -> Mapping[str, Sequence[str]]:
 
 
 def _running_release() -> str:
-    """Give the code name of the Debian release that this machine runs (os-release(5))."""
+    """Return the code name of the Debian release that this machine runs (os-release(5))."""
     try:
         text = Path("/etc/os-release").read_text()
     except OSError:

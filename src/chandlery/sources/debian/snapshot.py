@@ -1,13 +1,14 @@
 """A Debian suite's packages, turned into the locked data that `nix/debian.nix` reads. No I/O.
 
-A lock says which .debs (with their sha256) make up which unit, and which units a unit needs. A unit is a set
-of packages that need each other, mostly one: cycles are condensed, so units form an acyclic graph. The same
-index always gives the same lock, whose revision is the hash of all of it; the mirrors are no part of it.
+A snapshot says which .debs (with their sha256) make up which unit, and which units a unit needs. A unit is a
+set of packages that need each other, mostly one: cycles are condensed, so units form an acyclic graph. The
+same index always gives the same snapshot, whose revision is the hash of all of it; the mirrors are no part of
+it.
 
-A lock is 4,096 small files rather than one of 20 MB, since an evaluation reads only a few packages: the file
+A snapshot is 4,096 small files rather than one of 20 MB, since an evaluation reads only a few packages: file
 `<first three hex digits of sha256(name)>.json` holds `names` (package, virtual package or alias -> unit) and
 `units` (unit -> .debs, references). `names.txt` has all names, for suggestions. Beside them stands a table of
-the units' popularity, which takes longer to make than the lock, and follows from it.
+the units' popularity, which takes longer to make than the snapshot, and follows from it.
 """
 
 import functools
@@ -94,7 +95,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class DebianLock:
+class DebianSnapshot:
     """A suite at one moment: every unit, and every name that finds one."""
 
     units: Mapping[str, Unit]
@@ -107,7 +108,7 @@ class DebianLock:
         return cls(*_Resolver(packages, aliases).resolve())
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Give the lock's files, by name; the same lock gives the same bytes."""
+        """Return the snapshot's files, by name; the same snapshot gives the same bytes."""
         shards: dict[str, dict[str, dict[str, object]]] = defaultdict(lambda: {"names": {}, "units": {}})
         for name, unit_name in self.names.items():
             shards[_shard(name)]["names"][name] = unit_name
@@ -133,7 +134,7 @@ class DebianLock:
         yield "names.txt", "\n".join(sorted(self.names)).encode()
 
     def revision(self) -> str:
-        """Name this state of the suite: a hash over everything in the lock, in hexadecimal.
+        """Name this state of the suite: a hash over everything in the snapshot, in hexadecimal.
 
         What popularity is made of is in it too.
         """

@@ -139,7 +139,7 @@ class DebianSource:
         return DebianIndex(self._folder / f"{suite}-{architecture}", suite, architecture, self._mirrors)
 
     def _suites(self, architecture: str) -> list[str]:
-        """Give the suites of which there is an index, the source's own first."""
+        """Return the suites of which there is an index, the source's own first."""
         found = (
             path.parent.name.removesuffix(f"-{architecture}")
             for path in sorted(self._folder.glob(f"*-{architecture}/current"))
@@ -163,7 +163,7 @@ class DebianSource:
         )
 
     def _source(self, suite: str, pinned: PinnedIndex, stale: str = "") -> PinnedSource:
-        nix = {"lock": str(pinned.lock), "mirrors": list(pinned.mirrors)}
+        nix = {"lock": str(pinned.snapshot), "mirrors": list(pinned.mirrors)}
         return PinnedSource(
             self.kind, suite, pinned.revision, nix=nix, popularity=str(pinned.popularity), stale=stale
         )

@@ -91,7 +91,7 @@ class GitRepository:
         self._limits = limits or GitLimits()
 
     async def references(self) -> dict[str, str]:
-        """Give the commits of all branches and tags by their full names, such as `refs/heads/main`."""
+        """Return the commits of all branches and tags by their full names, such as `refs/heads/main`."""
         output = await self._ask("ls-remote", "--heads", "--tags", "--", self._address.location)
         found: dict[str, str] = {}
         for line in output.splitlines():
@@ -102,7 +102,7 @@ class GitRepository:
         return found
 
     async def head(self) -> str | None:
-        """Give the commit that the remote's HEAD is at, if it has one."""
+        """Return the commit that the remote's HEAD is at, if it has one."""
         output = await self._ask("ls-remote", "--", self._address.location, HEAD)
         for line in output.splitlines():
             commit, _, name = line.partition("\t")
@@ -137,7 +137,7 @@ class GitRepository:
                 return
 
     def _folder_of(self, folder: Path) -> Path:
-        """Give the folder that is locked: not the repository itself, which may be thrown away."""
+        """Return the folder that is locked: not the repository itself, which may be thrown away."""
         lock = self._folder / f"{folder.name}.lock"
         lock.mkdir(exist_ok=True)
         return lock
@@ -338,7 +338,7 @@ _FETCH = ("--progress", "--no-tags", "--no-recurse-submodules", "--no-write-fetc
 
 
 def _environment(without: Sequence[str] = ()) -> dict[str, str]:
-    """Give this process's environment, in which nothing asks a person."""
+    """Return this process's environment, in which nothing asks a person."""
     dropped = {*_REPOSITORY_VARIABLES, *without}
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
     return {

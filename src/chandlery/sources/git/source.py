@@ -236,7 +236,7 @@ class _Shared(Generic[Answer]):
         self._outcome: Answer | ChandleryError
 
     async def get(self, max_age: float) -> tuple[Answer, float]:
-        """Give one that was asked for at most `max_age` seconds ago, and when that was (since 1970)."""
+        """Return one that was asked for at most `max_age` seconds ago, and when that was (since 1970)."""
         asked = time.monotonic()
         async with self._lock:
             if self._began < asked - max_age:

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from chandlery.errors import SourceUnavailableError
-from chandlery.sources.debian.index import KEPT_LOCKS, DebianIndex, DebianMirrors, keep_lock, load_aliases
-from chandlery.sources.debian.snapshot import DebianLock, parse_packages
+from chandlery.sources.debian.index import (
+    KEPT_SNAPSHOTS,
+    DebianIndex,
+    DebianMirrors,
+    keep_snapshot,
+    load_aliases,
+)
+from chandlery.sources.debian.snapshot import DebianSnapshot, parse_packages
 from tests.support.debian_packages import Deb
 from tests.support.debian_repository import (
     SECURITY,
@@ -42,7 +48,7 @@ def index(tmp_path: Path, repository: DebianRepository) -> DebianIndex:
 def names(index: DebianIndex) -> list[str]:
     pinned = index.current()
     assert pinned is not None
-    return (pinned.lock / "names.txt").read_text().splitlines()
+    return (pinned.snapshot / "names.txt").read_text().splitlines()
 
 
 async def test_a_refresh_makes_a_lock_of_the_suite_its_updates_and_its_security_updates(
@@ -57,7 +63,7 @@ async def test_a_refresh_makes_a_lock_of_the_suite_its_updates_and_its_security_
     main, security = repository.mirrors.main, repository.mirrors.security
     assert pinned.mirrors == (main, main, security)
     assert {"bash", "git", "new", "bashInteractive"} <= set(names(index))
-    shards = "".join(path.read_text() for path in pinned.lock.glob("*.json"))
+    shards = "".join(path.read_text() for path in pinned.snapshot.glob("*.json"))
     assert '"filename":"pool/main/git_3_amd64.deb","installed_size":0,"name":"git","repository":2' in shards
     assert "git_1_all.deb" not in shards
     assert "git_2_all.deb" not in shards
@@ -84,7 +90,7 @@ async def test_an_update_is_another_revision_and_the_one_before_can_still_be_had
     assert index.current() == second != first
     assert index.at(first.revision) == first
     assert index.at(first.revision[:16]) == first
-    assert "jq" not in (first.lock / "names.txt").read_text()
+    assert "jq" not in (first.snapshot / "names.txt").read_text()
 
 
 def test_before_the_first_refresh_there_is_nothing(index: DebianIndex) -> None:
@@ -99,9 +105,9 @@ async def test_an_index_of_another_architecture_has_its_packages(
     repository.publish(Deb("git", "2", "any"))
     index = DebianIndex(tmp_path / "arm64", SUITE, "arm64", repository.mirrors)
 
-    lock = (await index.refresh()).lock
+    snapshot = (await index.refresh()).snapshot
 
-    assert any("git_2_arm64.deb" in path.read_text() for path in lock.glob("*.json"))
+    assert any("git_2_arm64.deb" in path.read_text() for path in snapshot.glob("*.json"))
 
 
 # What can't be trusted
@@ -314,7 +320,7 @@ from chandlery.sources.debian.index import DebianIndex, DebianMirrors
 
 folder, *mirrors = sys.argv[1:]
 index = DebianIndex(Path(folder), "bookworm", "amd64", DebianMirrors(*mirrors))
-print((asyncio.run(index.refresh()).lock / "names.txt").read_text())
+print((asyncio.run(index.refresh()).snapshot / "names.txt").read_text())
 """
     with ordinary_folder() as folder, debian_repository(folder) as repository:
         repository.publish(Deb("bash"))
@@ -341,8 +347,8 @@ def an_index(folder: Path) -> DebianIndex:
 
 def test_a_revision_does_not_depend_on_the_mirrors(tmp_path: Path) -> None:
     index, texts = an_index(tmp_path), [packages_file("bash")]
-    first, _ = keep_lock(tmp_path, texts, ["http://one.localhost"])
-    second, _ = keep_lock(tmp_path, texts, ["http://two.localhost"])
+    first, _ = keep_snapshot(tmp_path, texts, ["http://one.localhost"])
+    second, _ = keep_snapshot(tmp_path, texts, ["http://two.localhost"])
 
     assert first == second
     pinned = index.at(first)
@@ -351,7 +357,7 @@ def test_a_revision_does_not_depend_on_the_mirrors(tmp_path: Path) -> None:
 
 
 def test_what_is_no_kept_revision_is_not_found(tmp_path: Path) -> None:
-    revision, _ = keep_lock(tmp_path, [packages_file("bash")], ["-"])
+    revision, _ = keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
     index = an_index(tmp_path)
 
     assert index.at(revision[:12]) == index.current()
@@ -360,15 +366,15 @@ def test_what_is_no_kept_revision_is_not_found(tmp_path: Path) -> None:
 
 
 def test_the_latest_locks_are_kept_and_older_ones_removed(tmp_path: Path) -> None:
-    revision, _ = keep_lock(tmp_path, [packages_file("bash")], ["-"])
-    others = [f"{number:064x}" for number in range(KEPT_LOCKS)]
+    revision, _ = keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
+    others = [f"{number:064x}" for number in range(KEPT_SNAPSHOTS)]
     for age, other in enumerate(others):
         (tmp_path / "locks" / other).mkdir()
         (tmp_path / "locks" / other / "popularity.json").touch()
         os.utime(tmp_path / "locks" / other, (time.time() - age, time.time() - age))
     # One that comes back is the latest.
     os.utime(tmp_path / "locks" / revision, (0, 0))
-    keep_lock(tmp_path, [packages_file("bash")], ["-"])
+    keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
 
     index = an_index(tmp_path)
     assert [other for other in others if index.at(other)] == others[:-1]
@@ -378,38 +384,38 @@ def test_the_latest_locks_are_kept_and_older_ones_removed(tmp_path: Path) -> Non
 def test_the_locks_that_images_need_are_removed_last_and_of_those_the_least_wanted_first(
     tmp_path: Path,
 ) -> None:
-    revisions = [f"{number:064x}" for number in range(KEPT_LOCKS + 1)]
+    revisions = [f"{number:064x}" for number in range(KEPT_SNAPSHOTS + 1)]
     for age, revision in enumerate(revisions):
         (tmp_path / "locks" / revision).mkdir(parents=True)
         (tmp_path / "locks" / revision / "popularity.json").touch()
         os.utime(tmp_path / "locks" / revision, (time.time() - 1000 - age, time.time() - 1000 - age))
     index = an_index(tmp_path)
     index.keep([*revisions[:0:-1], "f" * 64])
-    new, _ = keep_lock(tmp_path, [packages_file("bash")], ["-"])
+    new, _ = keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
 
     assert [other for other in revisions if not index.at(other)] == revisions[:2]
     assert index.at(new) is not None
 
 
 def is_whole(folder: Path, texts: Sequence[str]) -> bool:
-    """Tell whether the lock of these Packages files is the one in force, with all of its files."""
+    """Tell whether the snapshot of these Packages files is the one in force, with all of its files."""
     packages = (each for number, text in enumerate(texts) for each in parse_packages(text, number))
-    lock = DebianLock.of(packages, load_aliases())
+    snapshot = DebianSnapshot.of(packages, load_aliases())
     pinned = an_index(folder).current()
     assert pinned is not None
-    on_disk = {path.name: path.read_bytes() for path in pinned.lock.iterdir()}
-    files = {**dict(lock.files()), "popularity.json": lock.popularity().encode()}
-    return pinned.revision == lock.revision() and on_disk == files
+    on_disk = {path.name: path.read_bytes() for path in pinned.snapshot.iterdir()}
+    files = {**dict(snapshot.files()), "popularity.json": snapshot.popularity().encode()}
+    return pinned.revision == snapshot.revision() and on_disk == files
 
 
 def test_a_kill_while_a_lock_is_made_leaves_the_old_one_in_force_and_nothing_in_the_way(
     tmp_path: Path,
 ) -> None:
     old, new = [packages_file("old")], [packages_file("new")]
-    keep_lock(tmp_path, old, ["-"])
+    keep_snapshot(tmp_path, old, ["-"])
     script = (
-        "import sys; from pathlib import Path; from chandlery.sources.debian.index import keep_lock; "
-        "keep_lock(Path(sys.argv[1]), sys.argv[2:], ['-'])"
+        "import sys; from pathlib import Path; from chandlery.sources.debian.index import keep_snapshot; "
+        "keep_snapshot(Path(sys.argv[1]), sys.argv[2:], ['-'])"
     )
     half_made = tmp_path / "lock.new"
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), *new]) as process:
@@ -419,18 +425,18 @@ def test_a_kill_while_a_lock_is_made_leaves_the_old_one_in_force_and_nothing_in_
 
     assert half_made.exists()
     assert is_whole(tmp_path, old)
-    keep_lock(tmp_path, new, ["-"])
+    keep_snapshot(tmp_path, new, ["-"])
     assert is_whole(tmp_path, new)
 
 
 def test_a_kill_between_making_a_lock_and_naming_it_leaves_the_old_one_in_force(tmp_path: Path) -> None:
     old, new = [packages_file("old")], [packages_file("new")]
-    keep_lock(tmp_path, old, ["-"])
+    keep_snapshot(tmp_path, old, ["-"])
     named = (tmp_path / "current").read_bytes()
-    keep_lock(tmp_path, new, ["-"])
+    keep_snapshot(tmp_path, new, ["-"])
     (tmp_path / "current").write_bytes(named)
     (tmp_path / "current.new").write_bytes(b"half")
 
     assert is_whole(tmp_path, old)
-    keep_lock(tmp_path, new, ["-"])
+    keep_snapshot(tmp_path, new, ["-"])
     assert is_whole(tmp_path, new)

@@ -10,7 +10,7 @@ from chandlery.errors import ReferenceNotFoundError, SourceUnavailableError, Too
 from chandlery.image.name import LATEST
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import ARCHITECTURES, Platform
-from chandlery.sources.debian.index import DebianMirrors, keep_lock
+from chandlery.sources.debian.index import DebianMirrors, keep_snapshot
 from chandlery.sources.debian.source import DebianSource
 from chandlery.sources.pins import PinLimits
 from tests.support.debian_packages import Deb
@@ -32,9 +32,9 @@ def repository(tmp_path: Path) -> Iterator[DebianRepository]:
 
 
 def keep(folder: Path, architecture: str, name: str) -> str:
-    """Keep a lock of a suite with one package; give its revision."""
+    """Keep a snapshot of a suite with one package; give its revision."""
     packages = f"Package: {name}\nVersion: 1\nFilename: {name}.deb\nSHA256: {'0' * 64}"
-    return keep_lock(folder / f"{SUITE}-{architecture}", [packages], ["http://127.0.0.1:1/debian"])[0]
+    return keep_snapshot(folder / f"{SUITE}-{architecture}", [packages], ["http://127.0.0.1:1/debian"])[0]
 
 
 async def test_the_latest_state_of_a_suite_is_pinned_and_each_state_has_a_tag(tmp_path: Path) -> None:

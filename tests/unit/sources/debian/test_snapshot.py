@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.plan.package_clusters import MEASURE_VERSION
-from chandlery.sources.debian import snapshot as debian_lock
+from chandlery.sources.debian import snapshot as debian_snapshot
 from chandlery.sources.debian.snapshot import (
-    DebianLock,
+    DebianSnapshot,
     Package,
     Relation,
     Unit,
@@ -43,12 +43,12 @@ def package(
     )
 
 
-def lock_of(*packages: Package, aliases: Mapping[str, Sequence[str]] | None = None) -> DebianLock:
-    return DebianLock.of(packages, aliases or {})
+def snapshot_of(*packages: Package, aliases: Mapping[str, Sequence[str]] | None = None) -> DebianSnapshot:
+    return DebianSnapshot.of(packages, aliases or {})
 
 
-def needed(lock: DebianLock, name: str) -> tuple[str, ...]:
-    return lock.units[lock.names[name]].references
+def needed(snapshot: DebianSnapshot, name: str) -> tuple[str, ...]:
+    return snapshot.units[snapshot.names[name]].references
 
 
 def versions(unit: Unit) -> list[str]:
@@ -169,15 +169,15 @@ def test_versions_are_compared_as_dpkg_does(version: str, operator: str, other: 
 
 
 def test_the_first_alternative_that_exists_is_taken() -> None:
-    lock = lock_of(package("a", "gone | c | b"), package("b"), package("c"))
+    snapshot = snapshot_of(package("a", "gone | c | b"), package("b"), package("c"))
 
-    assert needed(lock, "a") == ("c",)
+    assert needed(snapshot, "a") == ("c",)
 
 
 def test_an_alternative_whose_version_will_not_do_is_passed_over() -> None:
-    lock = lock_of(package("a", "b (>= 2) | c"), package("b"), package("c"))
+    snapshot = snapshot_of(package("a", "b (>= 2) | c"), package("b"), package("c"))
 
-    assert needed(lock, "a") == ("c",)
+    assert needed(snapshot, "a") == ("c",)
 
 
 def test_a_virtual_package_is_its_most_important_provider_and_then_the_first_by_name() -> None:
@@ -187,118 +187,118 @@ def test_a_virtual_package_is_its_most_important_provider_and_then_the_first_by_
         package("c-awk", provides="awk", priority="required"),
         package("d-awk", provides="awk", priority="required"),
     ]
-    lock = lock_of(package("git", "awk"), *providers)
+    snapshot = snapshot_of(package("git", "awk"), *providers)
 
-    assert needed(lock, "git") == ("c-awk",)
-    assert lock.names["awk"] == "c-awk"
+    assert needed(snapshot, "git") == ("c-awk",)
+    assert snapshot.names["awk"] == "c-awk"
 
 
 def test_a_real_package_comes_before_those_that_provide_its_name() -> None:
-    lock = lock_of(
+    snapshot = snapshot_of(
         package("a", "awk"),
         package("awk", priority="extra"),
         package("mawk", provides="awk", priority="required"),
     )
 
-    assert needed(lock, "a") == ("awk",)
-    assert lock.names["awk"] == "awk"
+    assert needed(snapshot, "a") == ("awk",)
+    assert snapshot.names["awk"] == "awk"
 
 
 def test_a_versioned_dependency_is_met_by_a_versioned_provides_alone() -> None:
-    lock = lock_of(
+    snapshot = snapshot_of(
         package("a", "api (>= 2)"),
         package("b", provides="api"),
         package("c", provides="api (= 1)"),
         package("d", provides="api (= 2)"),
     )
 
-    assert needed(lock, "a") == ("d",)
+    assert needed(snapshot, "a") == ("d",)
 
 
 def test_a_provider_stands_in_when_the_real_package_has_the_wrong_version() -> None:
-    lock = lock_of(
+    snapshot = snapshot_of(
         package("a", "minitest (<= 5.15)"),
         package("minitest", version="5.17"),
         package("ruby", provides="minitest (= 5.15)"),
     )
 
-    assert needed(lock, "a") == ("ruby",)
+    assert needed(snapshot, "a") == ("ruby",)
 
 
 def test_of_several_versions_the_newest_is_taken() -> None:
     versions_of_git = ["1:1.0~rc1", "9.0", "1:1.0", "1:1.0~rc2"]
-    lock = lock_of(*(package("git", version=version) for version in versions_of_git))
+    snapshot = snapshot_of(*(package("git", version=version) for version in versions_of_git))
 
-    assert versions(lock.units["git"]) == ["1:1.0"]
+    assert versions(snapshot.units["git"]) == ["1:1.0"]
 
 
 def test_of_the_same_version_the_first_repository_has_it() -> None:
     copies = [package("git", repository=number) for number in (2, 0, 1)]
 
-    assert [each.repository for each in lock_of(*copies).units["git"].packages] == [0]
+    assert [each.repository for each in snapshot_of(*copies).units["git"].packages] == [0]
 
 
 def test_what_nothing_meets_is_told_and_left_out() -> None:
-    lock = lock_of(package("a", "gone | lost, b"), package("b", "c (>= 2) | gone"), package("c"))
+    snapshot = snapshot_of(package("a", "gone | lost, b"), package("b", "c (>= 2) | gone"), package("c"))
 
-    assert lock.unresolved == ("a: gone | lost", "b: c | gone")
-    assert needed(lock, "a") == ("b",)
+    assert snapshot.unresolved == ("a: gone | lost", "b: c | gone")
+    assert needed(snapshot, "a") == ("b",)
 
 
 def test_a_package_that_needs_itself_has_no_reference_to_itself() -> None:
-    assert needed(lock_of(package("a", "a, v", provides="v")), "a") == ()
+    assert needed(snapshot_of(package("a", "a, v", provides="v")), "a") == ()
 
 
 # Cycles
 
 
 def test_a_cycle_is_one_unit_named_after_its_first_package() -> None:
-    lock = lock_of(
+    snapshot = snapshot_of(
         package("libgcc-s1", "gcc-12-base, libc6"),
         package("libc6", "libgcc-s1"),
         package("gcc-12-base"),
         package("bash", "libgcc-s1"),
     )
 
-    assert [each.name for each in lock.units["libc6"].packages] == ["libc6", "libgcc-s1"]
-    assert needed(lock, "libgcc-s1") == ("gcc-12-base",)
-    assert needed(lock, "bash") == ("libc6",)
-    assert sorted(lock.units) == ["bash", "gcc-12-base", "libc6"]
+    assert [each.name for each in snapshot.units["libc6"].packages] == ["libc6", "libgcc-s1"]
+    assert needed(snapshot, "libgcc-s1") == ("gcc-12-base",)
+    assert needed(snapshot, "bash") == ("libc6",)
+    assert sorted(snapshot.units) == ["bash", "gcc-12-base", "libc6"]
 
 
 # Aliases
 
 
 def test_an_alias_of_one_package_is_that_packages_unit() -> None:
-    lock = lock_of(package("b", "a"), package("a", "b"), aliases={"Bee": ["b"]})
+    snapshot = snapshot_of(package("b", "a"), package("a", "b"), aliases={"Bee": ["b"]})
 
-    assert lock.names["Bee"] == "a"
-    assert "Bee" not in lock.units
+    assert snapshot.names["Bee"] == "a"
+    assert "Bee" not in snapshot.units
 
 
 def test_an_alias_of_several_packages_is_a_unit_without_debs_that_needs_them() -> None:
-    lock = lock_of(package("ping"), package("telnet"), aliases={"inetutils": ["telnet", "ping"]})
+    snapshot = snapshot_of(package("ping"), package("telnet"), aliases={"inetutils": ["telnet", "ping"]})
 
-    assert lock.units[lock.names["inetutils"]] == Unit("inetutils", (), ("ping", "telnet"))
+    assert snapshot.units[snapshot.names["inetutils"]] == Unit("inetutils", (), ("ping", "telnet"))
 
 
 def test_an_alias_can_lead_to_a_virtual_package() -> None:
-    lock = lock_of(package("mawk", provides="awk"), aliases={"AWK": ["awk"]})
+    snapshot = snapshot_of(package("mawk", provides="awk"), aliases={"AWK": ["awk"]})
 
-    assert lock.names["AWK"] == "mawk"
+    assert snapshot.names["AWK"] == "mawk"
 
 
 def test_an_alias_is_shadowed_by_a_package_of_its_name() -> None:
     aliases = {"go": ["golang"], "awk": ["golang"]}
-    lock = lock_of(package("go"), package("golang"), package("mawk", provides="awk"), aliases=aliases)
+    snapshot = snapshot_of(package("go"), package("golang"), package("mawk", provides="awk"), aliases=aliases)
 
-    assert (lock.names["go"], lock.names["awk"]) == ("go", "mawk")
+    assert (snapshot.names["go"], snapshot.names["awk"]) == ("go", "mawk")
 
 
 def test_an_alias_of_what_the_suite_does_not_have_is_none() -> None:
-    lock = lock_of(package("ping"), aliases={"inetutils": ["ping", "telnet"], "jdk": ["openjdk"]})
+    snapshot = snapshot_of(package("ping"), aliases={"inetutils": ["ping", "telnet"], "jdk": ["openjdk"]})
 
-    assert sorted(lock.names) == ["ping"]
+    assert sorted(snapshot.names) == ["ping"]
 
 
 # Whatever the suite
@@ -348,21 +348,21 @@ def meets(candidate: Package, relation: Relation) -> bool:
 
 @given(suites)
 def test_units_form_an_acyclic_graph_and_hold_every_package_once(suite: list[Package]) -> None:
-    lock = DebianLock.of(suite, ALIASES)
+    snapshot = DebianSnapshot.of(suite, ALIASES)
 
-    TopologicalSorter({name: unit.references for name, unit in lock.units.items()}).prepare()
-    held = [each.name for unit in lock.units.values() for each in unit.packages]
+    TopologicalSorter({name: unit.references for name, unit in snapshot.units.items()}).prepare()
+    held = [each.name for unit in snapshot.units.values() for each in unit.packages]
     assert sorted(held) == sorted({each.name for each in suite})
-    assert all(unit.name == name for name, unit in lock.units.items())
+    assert all(unit.name == name for name, unit in snapshot.units.items())
 
 
 @given(suites)
 def test_every_dependency_that_can_be_met_is(suite: list[Package]) -> None:
-    lock = DebianLock.of(suite, {})
-    chosen = [each for unit in lock.units.values() for each in unit.packages]
+    snapshot = DebianSnapshot.of(suite, {})
+    chosen = [each for unit in snapshot.units.values() for each in unit.packages]
 
-    for unit in lock.units.values():
-        reached = {each for name in (unit.name, *unit.references) for each in lock.units[name].packages}
+    for unit in snapshot.units.values():
+        reached = {each for name in (unit.name, *unit.references) for each in snapshot.units[name].packages}
         for each in unit.packages:
             for alternatives in each.depends:
                 text = f"{each.name}: {' | '.join(relation.package for relation in alternatives)}"
@@ -373,7 +373,7 @@ def test_every_dependency_that_can_be_met_is(suite: list[Package]) -> None:
                 named = len(alternatives) == 1 and alternatives[0].package in {
                     other.name for other in reached
                 }
-                assert is_met or named or text in lock.unresolved
+                assert is_met or named or text in snapshot.unresolved
 
 
 @given(suites, st.randoms(use_true_random=False))
@@ -381,10 +381,10 @@ def test_a_lock_does_not_depend_on_the_order_of_the_index(suite: list[Package], 
     shuffled = list(suite)
     random.shuffle(shuffled)
 
-    assert DebianLock.of(shuffled, ALIASES) == DebianLock.of(suite, ALIASES)
+    assert DebianSnapshot.of(shuffled, ALIASES) == DebianSnapshot.of(suite, ALIASES)
 
 
-# The files of a lock
+# The files of a snapshot
 
 
 def shard(name: str, files: Mapping[str, bytes]) -> dict[str, dict[str, object]]:
@@ -395,18 +395,18 @@ def shard(name: str, files: Mapping[str, bytes]) -> dict[str, dict[str, object]]
 
 def test_every_name_and_every_unit_is_found_by_its_sha256() -> None:
     names = [f"lib{number}" for number in range(50)]
-    lock = lock_of(
+    snapshot = snapshot_of(
         *(package(name, "virtual", version="1:2~") for name in names),
         package("real", provides="virtual"),
         aliases={"Several": names[:2], "one": names[:1]},
     )
-    files = dict(lock.files())
+    files = dict(snapshot.files())
 
     shards = [json.loads(files[f"{number:03x}.json"]) for number in range(16**3)]
     assert len(files) == len(shards) + 1
-    assert sum(len(each["names"]) for each in shards) == len(lock.names)
-    assert {name: shard(name, files)["names"][name] for name in lock.names} == dict(lock.names)
-    for unit in lock.units.values():
+    assert sum(len(each["names"]) for each in shards) == len(snapshot.names)
+    assert {name: shard(name, files)["names"][name] for name in snapshot.names} == dict(snapshot.names)
+    for unit in snapshot.units.values():
         assert shard(unit.name, files)["units"][unit.name] == {
             "debs": [
                 {
@@ -421,27 +421,27 @@ def test_every_name_and_every_unit_is_found_by_its_sha256() -> None:
             ],
             "references": list(unit.references),
         }
-    assert files["names.txt"].decode().splitlines() == sorted(lock.names)
+    assert files["names.txt"].decode().splitlines() == sorted(snapshot.names)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        lock_of(package("a", "b"), package("b", version="2")),
-        lock_of(package("a"), package("b")),
-        lock_of(package("a", "b"), package("b"), package("c")),
-        lock_of(package("a", "b"), package("b", repository=1)),
-        lock_of(package("a", "b"), package("b", provides="v")),
-        lock_of(package("a", "b"), package("b", installed_size=6)),
-        lock_of(package("a", "b"), package("b"), aliases={"A": ["a"]}),
+        snapshot_of(package("a", "b"), package("b", version="2")),
+        snapshot_of(package("a"), package("b")),
+        snapshot_of(package("a", "b"), package("b"), package("c")),
+        snapshot_of(package("a", "b"), package("b", repository=1)),
+        snapshot_of(package("a", "b"), package("b", provides="v")),
+        snapshot_of(package("a", "b"), package("b", installed_size=6)),
+        snapshot_of(package("a", "b"), package("b"), aliases={"A": ["a"]}),
     ],
 )
-def test_a_revision_is_the_hash_of_all_of_a_lock(other: DebianLock) -> None:
-    lock = lock_of(package("a", "b"), package("b"))
+def test_a_revision_is_the_hash_of_all_of_a_lock(other: DebianSnapshot) -> None:
+    snapshot = snapshot_of(package("a", "b"), package("b"))
 
-    assert lock.revision() == lock_of(package("b"), package("a", "b")).revision()
-    assert lock.revision() != other.revision()
-    assert len(lock.revision()) == 64
+    assert snapshot.revision() == snapshot_of(package("b"), package("a", "b")).revision()
+    assert snapshot.revision() != other.revision()
+    assert len(snapshot.revision()) == 64
 
 
 def test_popularity_counts_units_and_knows_what_every_image_and_every_shell_has() -> None:
@@ -450,22 +450,22 @@ def test_popularity_counts_units_and_knows_what_every_image_and_every_shell_has(
     gui = [package("gui", "libc, gui-data"), package("gui-data", "libc")]
     cycle = [package("one", "two"), package("two", "one")]
     base = [package("ca-certificates", "openssl"), package("openssl"), package("libc")]
-    lock = lock_of(*apps, *others, *gui, *cycle, *base, aliases={"cacert": ["ca-certificates"]})
-    popularity = lock.popularity()
+    snapshot = snapshot_of(*apps, *others, *gui, *cycle, *base, aliases={"cacert": ["ca-certificates"]})
+    popularity = snapshot.popularity()
 
     assert popularity["app7"] == 1
     assert popularity["gui"] == 301
     assert popularity["libc"] == 603
     assert popularity["one"] == 1
     assert "two" not in popularity
-    assert popularity["openssl"] == popularity["ca-certificates"] == len(lock.units)
+    assert popularity["openssl"] == popularity["ca-certificates"] == len(snapshot.units)
     assert popularity.groups["gui"] == popularity.groups["gui-data"] != popularity.groups.get("libc")
     assert popularity.groups["openssl"] == popularity.groups["ca-certificates"]
-    assert lock.popularity().identity == popularity.identity
+    assert snapshot.popularity().identity == popularity.identity
 
 
 def test_another_way_to_measure_popularity_is_another_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = lock_of(package("a"))
-    before = lock.revision()
-    monkeypatch.setattr(debian_lock, "MEASURE_VERSION", MEASURE_VERSION + 1)
-    assert lock.revision() != before
+    snapshot = snapshot_of(package("a"))
+    before = snapshot.revision()
+    monkeypatch.setattr(debian_snapshot, "MEASURE_VERSION", MEASURE_VERSION + 1)
+    assert snapshot.revision() != before
