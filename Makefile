@@ -1,13 +1,15 @@
 # Each target sets up what it needs; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check format bench requirements clean
+.PHONY: help demo serve test test-all check format bench requirements clean
 
 BIN := .venv/bin
-# Options of `chandlery serve`, such as ARGS="--port 9000".
+# Options of what a target runs, such as ARGS="--port 9000" of `chandlery serve`.
 ARGS ?=
+# Tests run in two processes beside each other, and those of one group (tests/conftest.py) in the same.
+TOGETHER := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## start a registry, pull an image that doesn't exist yet, and run its programs
 	@scripts/setup serve
@@ -17,9 +19,13 @@ serve: ## serve images at localhost:8080 until Ctrl-C; their data is kept in .da
 	@scripts/setup serve
 	@CHANDLERY_DATA_DIR=$${CHANDLERY_DATA_DIR:-.data} $(BIN)/chandlery serve $(ARGS)
 
-test: ## run every test, those with real Nix and real clients included
+test: ## run the tests that a change needs, real Nix included; some minutes
 	@scripts/setup develop
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(TOGETHER) -m "not slow and not end_to_end" $(ARGS)
+
+test-all: ## run every test, those with real clients included, which need root
+	@scripts/setup develop
+	@$(BIN)/pytest $(TOGETHER) $(ARGS)
 
 check: ## types, lint, format
 	@scripts/setup develop

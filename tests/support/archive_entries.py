@@ -21,7 +21,12 @@ names = (
     st.binary(min_size=1, max_size=12)
     | st.text("aé漢 =\n", min_size=1, max_size=12).map(str.encode)
     | st.integers(90, 255).map(lambda length: b"n" * length)
-).filter(lambda name: not {b"/"[0], 0} & set(name) and name not in (b".", b"..") and name[:4] != b".wh.")
+).filter(
+    # `nix-support` at the top isn't content of a store path with the root layout.
+    lambda name: (
+        not {b"/"[0], 0} & set(name) and name not in (b".", b"..", b"nix-support") and name[:4] != b".wh."
+    )
+)
 targets = st.lists(names, min_size=1, max_size=3).map(b"/".join)
 contents = st.binary(max_size=20) | st.integers(500, 1030).map(lambda size: b"c" * size)
 identities = st.sampled_from([0, 1000, 0o7777777, 0o10000000, 2**32 - 1])

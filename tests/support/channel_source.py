@@ -1,28 +1,20 @@
 """A package source that follows a channel of the server on loopback."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from chandlery.machine.download import DownloadLimits
 from chandlery.sources.arguments import SetArguments
 from chandlery.sources.nixpkgs import NixpkgsAddresses, NixpkgsSource
 from chandlery.sources.pins import PinLimits
-from tests.support.channel_server import ChannelServer, channel_server
+from tests.support.channel_server import ChannelServer
 
 CHANNEL = "nixos-unstable"
 QUICK = DownloadLimits(connect=2.0, silence=0.5, total=10.0, pauses=(0.01,))
 # Whoever asks sees what upstream has by then.
 ALWAYS = PinLimits(lifetime=0.0, patience=20.0, back_off=0.0)
-
-
-@pytest.fixture
-def server() -> Iterator[ChannelServer]:
-    with channel_server() as server:
-        yield server
 
 
 @asynccontextmanager

@@ -12,13 +12,19 @@ from tests.support.servers import free_port
 
 
 async def outcome(check: str, folder: Path, clock: Any = time.time, **options: Any) -> Outcome:
-    """Run one check, with a data folder; nothing may be left of it."""
-    settings = Settings.load(**{"data_dir": folder, "source": SOURCE, "port": free_port(), **options})
+    """Run one check, with a data folder that nobody uses; nothing may be left of it."""
     before = _tree(folder)
+    found = await examined(check, folder, clock, **options)
+    assert _tree(folder) == before
+    return found
+
+
+async def examined(check: str, folder: Path, clock: Any = time.time, **options: Any) -> Outcome:
+    """Run one check, with a data folder."""
+    settings = Settings.load(**{"data_dir": folder, "source": SOURCE, "port": free_port(), **options})
     with scratch_folder(settings.data_dir) as scratch:
         [chosen] = [each for each in machine_checks(settings, scratch, clock) if each.name == check]
         [finding] = [finding async for finding in examine([chosen])]
-    assert _tree(folder) == before
     return finding.outcome
 
 

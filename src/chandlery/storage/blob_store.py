@@ -6,7 +6,7 @@ What is there is whole. Blobs never change, hence putting one twice is harmless.
 import asyncio
 import hashlib
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +101,12 @@ class BlobStore(BlobReader, Protocol):
         ...
 
 
-async def is_intact(blobs: BlobStore, digest: Digest, bytes_per_second: float = float("inf")) -> bool:
+async def is_intact(
+    blobs: BlobStore,
+    digest: Digest,
+    bytes_per_second: float = float("inf"),
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> bool:
     """Read a blob, as fast as it may be, and tell whether it has its digest.
 
     One that can't be read to its end has not. Raises `BlobNotFoundError`.
@@ -111,7 +116,7 @@ async def is_intact(blobs: BlobStore, digest: Digest, bytes_per_second: float = 
         async for block in blobs.read(digest):
             await asyncio.to_thread(state.update, block)
             if bytes_per_second < float("inf"):
-                await asyncio.sleep(len(block) / bytes_per_second)
+                await sleep(len(block) / bytes_per_second)
     except OSError:
         return False
     return state.hexdigest() == digest.hex

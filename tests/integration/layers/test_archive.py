@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from anyio import to_process
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from chandlery.errors import UnsupportedEntryError
 from chandlery.layers.archive import (
@@ -26,7 +26,8 @@ def store(tmp_path: Path) -> PhysicalStore:
 
 
 @given(entry_lists())
-@settings(max_examples=30, deadline=None)
+@example([Entry.directory(b"share", 0o755), Entry.file(b"share/nix-support", b"not at the top", 0o755)])
+@settings(max_examples=30)
 def test_gnu_tar_reads_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, entries: list[Entry]
 ) -> None:

@@ -2,7 +2,6 @@ import asyncio
 import base64
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -230,12 +229,12 @@ async def test_a_cancelled_fetch_has_ended_when_it_is_over(server: ChannelServer
         await asyncio.to_thread(met.wait, 10)
         while not threads:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        began = time.monotonic()
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        # The server says nothing for longer than that.
+        async with asyncio.timeout(10):
+            with pytest.raises(asyncio.CancelledError):
+                await task
         assert threads == [True, False]
-        assert time.monotonic() - began < 5
 
 
 async def test_what_the_consumer_raises_is_raised(server: ChannelServer) -> None:
@@ -262,10 +261,15 @@ async def test_what_may_pass_is_tried_again_and_nothing_else(server: ChannelServ
         await retried(attempt, QUICK.pauses)
     assert attempts == 4
     server.stop()
-    late = asyncio.create_task(retried(attempt, (0.2,)))
-    await asyncio.sleep(0.1)
-    server.start()
-    assert await late == "4f0d3a9" * 5 + "00000"
+
+    async def attempt_and_start() -> str:
+        try:
+            return await attempt()
+        except DownloadFailedError:
+            server.start()
+            raise
+
+    assert await retried(attempt_and_start, (0.0,)) == "4f0d3a9" * 5 + "00000"
 
 
 async def test_an_address_that_nobody_listens_at_is_told() -> None:

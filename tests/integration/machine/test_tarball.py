@@ -190,7 +190,7 @@ def test_what_no_source_tarball_would_hold_is_refused(tmp_path: Path, content: b
 
 
 @pytest.mark.parametrize("compression", ["gz", "xz", "zst", "none"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(part=st.floats(0, 1))
 def test_a_tarball_that_was_cut_off_is_refused_wherever_that_was(compression: str, part: float) -> None:
     files = {f"file{number}": os.urandom(700) for number in range(5)}

@@ -30,12 +30,18 @@ from chandlery.sources.kinds import parse
 from chandlery.sources.nixpkgs import NixpkgsAddresses, NixpkgsSource
 from chandlery.sources.package_source import SourceOptions
 from chandlery.sources.pins import PinLimits
-from tests.support.channel_server import ChannelServer, Fault, tarball, tree_of_shape
+from tests.support.channel_server import ChannelServer, Fault, channel_server, tarball, tree_of_shape
 from tests.support.channel_source import ALWAYS, CHANNEL, QUICK, opened
 
 HOST = Platform.of_host()
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")
+
+
+@pytest.fixture
+def server() -> Iterator[ChannelServer]:
+    with channel_server() as server:
+        yield server
 
 
 def tree(pin: PinnedSource) -> Path:

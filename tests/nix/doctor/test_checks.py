@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from chandlery.doctor.examination import Outcome, Status
-from tests.support.doctor_checks import outcome
+from tests.support.doctor_checks import examined, outcome
 from tests.support.package_sets import SOURCE
 from tests.support.servers import free_port, serving
 
@@ -34,7 +34,7 @@ async def test_each_source_is_pinned_by_its_name(tmp_path: Path) -> None:
 async def test_beside_a_server_that_runs(tmp_path: Path) -> None:
     port = free_port()
     with serving(tmp_path / "data", SOURCE, tmp_path / "log", port=port):
-        found = await outcome("address", tmp_path / "data", port=port)
+        found = await examined("address", tmp_path / "data", port=port)
         assert found == Outcome(f"a Chandlery answers at 127.0.0.1 port {port}")
-        assert "a server uses it" in (await outcome("data folder", tmp_path / "data", port=port)).text
-        assert (await outcome("nix", tmp_path / "data", port=port)).status == Status.OK
+        assert "a server uses it" in (await examined("data folder", tmp_path / "data", port=port)).text
+        assert (await examined("nix", tmp_path / "data", port=port)).status == Status.OK

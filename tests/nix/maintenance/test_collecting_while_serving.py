@@ -59,6 +59,7 @@ def blobs_of(document: dict[str, Any]) -> list[str]:
     return [each["digest"] for each in (document["config"], *document["layers"])]
 
 
+@pytest.mark.slow
 def test_pulls_and_collection_run_against_each_other_and_nothing_is_lost(tmp_path: Path) -> None:
     digests: dict[str, Digest] = {}
     pulls: Counter[str] = Counter()
@@ -142,6 +143,7 @@ def test_after_a_crash_a_damaged_blob_is_not_served(tmp_path: Path) -> None:
         assert said(tmp_path, "the last server was killed") == 1
 
 
+@pytest.mark.slow
 def test_kills_while_pulling_and_collecting_leave_nothing_to_repair_by_hand(tmp_path: Path) -> None:
     digests: dict[str, Digest] = {}
     settings = {"disk_limit": DISK_LIMIT, "collect_interval": 0.05, "gc_grace": 0.5}

@@ -147,9 +147,13 @@ async def test_in_doubt_is_what_was_written_since(scrubbed: Scrubbed) -> None:
 async def test_a_check_takes_its_time() -> None:
     blobs = MemoryBlobStore()
     digest = (await blobs.put_bytes(bytes(100_000), "text/plain")).digest
-    began = time.monotonic()
-    assert await is_intact(blobs, digest, bytes_per_second=1e6)
-    assert time.monotonic() - began >= 0.1
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    assert await is_intact(blobs, digest, 1e6, sleep)
+    assert sum(slept) == pytest.approx(0.1)
 
 
 async def test_a_blob_that_can_not_be_read_to_its_end_is_not_intact(scrubbed: Scrubbed) -> None:

@@ -1,10 +1,13 @@
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from chandlery.image.name import LATEST
 from chandlery.nix.nix import Nix, NixLimits
 from chandlery.oci.documents import Platform
-from tests.support.channel_server import ChannelServer
+from tests.support.channel_server import ChannelServer, channel_server
 from tests.support.channel_source import CHANNEL, opened
 from tests.support.nix_package_set import requires_nix, resolve
 
@@ -12,6 +15,12 @@ HOST = Platform.of_host()
 
 
 # With Nix
+
+
+@pytest.fixture
+def server() -> Iterator[ChannelServer]:
+    with channel_server() as server:
+        yield server
 
 
 def output_of(program: Path) -> str:

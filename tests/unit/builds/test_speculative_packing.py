@@ -15,6 +15,7 @@ from chandlery.oci.documents import OCI_LAYER, Descriptor, PackedLayer
 from chandlery.plan.strategies import STRATEGIES, LayerGroup, Popularity, closure_of
 from chandlery.storage.leases import Lease
 from tests.support.queues import recipe_of
+from tests.support.tasks import all_others_ended, suspended, until
 
 LARGE = 5 << 20
 
@@ -63,13 +64,7 @@ def plan(closure: Closure) -> Sequence[LayerGroup]:
 
 
 def packing(packer: AnyPacker, grouping: Plan | None = None) -> SpeculativePacking:
-    return SpeculativePacking(JOB, packer, grouping or plan, interval=0.001)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+    return SpeculativePacking(JOB, packer, grouping or plan, interval=0.0)
 
 
 class Nix:
@@ -77,8 +72,10 @@ class Nix:
 
     def __init__(self, *there: str) -> None:
         self.there = list(there)
+        self.asked = 0
 
     async def look(self) -> tuple[Closure, frozenset[StorePath]] | None:
+        self.asked += 1
         return expected(self.there)
 
 
@@ -133,7 +130,7 @@ async def test_nothing_is_packed_early_after_nix_has_ended() -> None:
         async with early.watching(nix):
             pass
         nix.there.append("data")
-        await asyncio.sleep(0.05)
+        await all_others_ended()
     assert packer.begun == []
 
 
@@ -150,7 +147,8 @@ async def test_an_early_layer_that_fails_fails_only_who_wants_it() -> None:
     async with packing(failing) as early:
         async with early.watching(nix):
             await until(lambda: begun)
-            await asyncio.sleep(0.01)
+            seen = nix.asked
+            await until(lambda: nix.asked > seen + 1)
         with pytest.raises(ValueError, match="damaged"):
             await early.layer(begun[0])
     async with packing(failing) as early, early.watching(nix):
@@ -167,7 +165,7 @@ async def test_where_nothing_can_be_told_nothing_is_packed_early() -> None:
     packer = Packer()
     async with packing(packer) as early, early.watching(Unknown()):
         await until(lambda: asked)
-        await asyncio.sleep(0.02)
+        await all_others_ended()
     assert asked == [1]
     assert packer.begun == []
 
@@ -179,7 +177,7 @@ async def test_who_waits_for_an_early_layer_and_goes_away_stops_it() -> None:
             await until(lambda: packer.begun == ["data"])
         [group] = [each for each in plan(expected(["data"])[0]) if each.nar_size]
         waiting = asyncio.create_task(early.layer(group))
-        await asyncio.sleep(0.01)
+        await suspended(waiting)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

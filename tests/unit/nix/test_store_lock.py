@@ -2,22 +2,20 @@ import asyncio
 from pathlib import Path
 
 from chandlery.nix.store_lock import Passage, StoreGate
+from tests.support.tasks import suspended, until
 
 
-async def collect(gate: StoreGate, said: list[str]) -> None:
+async def collect(gate: StoreGate, said: list[str], ending: asyncio.Event | None = None) -> None:
     async with gate.collecting():
         said.append("collecting")
-        await asyncio.sleep(0.05)
+        if ending:
+            await ending.wait()
         said.append("collected")
 
 
 async def begin(gate: StoreGate, said: list[str]) -> None:
     async with gate.beginning():
         said.append("begun")
-
-
-async def wait_a_moment() -> None:
-    await asyncio.sleep(0.05)
 
 
 async def test_builds_begin_together(tmp_path: Path) -> None:
@@ -27,20 +25,24 @@ async def test_builds_begin_together(tmp_path: Path) -> None:
 
 
 async def test_a_collector_waits_until_builds_have_begun_and_keeps_others_from_it(tmp_path: Path) -> None:
-    said: list[str] = []
+    said, ending = list[str](), asyncio.Event()
     ours, others = StoreGate(tmp_path, 1000), StoreGate(tmp_path, 1000)  # as of two processes
     async with ours.beginning():
-        collector = asyncio.create_task(collect(others, said))
-        await wait_a_moment()
+        collector = asyncio.create_task(collect(others, said, ending))
+        await suspended(collector)
         builds = [asyncio.create_task(begin(gate, said)) for gate in (ours, others)]
-        await wait_a_moment()
+        await suspended(*builds)
         assert said == []
+    await until(lambda: said)
+    await suspended(*builds)
+    assert said == ["collecting"]
+    ending.set()
     await asyncio.gather(collector, *builds)
     assert said == ["collecting", "collected", "begun", "begun"]
 
 
 async def test_a_build_that_goes_on_for_long_has_begun_after_a_while(tmp_path: Path) -> None:
-    gate, said = StoreGate(tmp_path, 0.05), list[str]()
+    gate, said = StoreGate(tmp_path, 0.0), list[str]()
     async with asyncio.timeout(5), gate.beginning() as passage:
         passage.realising()
         passage.realising()
@@ -55,11 +57,10 @@ async def test_a_build_that_fails_or_is_cancelled_leaves_the_gate_free(tmp_path:
         async with gate.beginning() as passage:
             passage.realising()
             passages.append(passage)
-            await asyncio.sleep(1000)
+            await asyncio.Event().wait()
 
     task = asyncio.create_task(build())
-    await wait_a_moment()
-    assert passages
+    await until(lambda: passages)
     task.cancel()
     async with asyncio.timeout(5):
         await collect(gate, [])

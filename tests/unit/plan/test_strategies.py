@@ -1,8 +1,10 @@
 import random
 import re
-import time
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -225,10 +227,10 @@ def test_a_package_name_ends_where_the_version_starts(name: str, package: str) -
     assert package_name(name) == package
 
 
-@strategies
-def test_a_large_closure_is_planned_in_no_time(strategy: Strategy) -> None:
+def steps_to_plan(strategy: Strategy, size: int) -> int:
+    """Count what the interpreter does for a plan of a closure of this size."""
     chance = random.Random(1)  # noqa: S311
-    paths = [StorePath(f"/nix/store/{number:032}-p{number}-1") for number in range(5000)]
+    paths = [StorePath(f"/nix/store/{number:032}-p{number}-1") for number in range(size)]
     nodes = [
         ClosureNode(path, chance.randrange(10**7), tuple(chance.sample(paths[:index], min(index, 10))))
         for index, path in enumerate(paths)
@@ -236,14 +238,30 @@ def test_a_large_closure_is_planned_in_no_time(strategy: Strategy) -> None:
     closure = Closure.of(paths[-1:], nodes)
 
     popularity = Popularity(
-        {f"p{number}": 5000 - number for number in range(5000)},
-        {f"p{number}": f"p{number // 3}" for number in range(5000)},
+        {f"p{number}": size - number for number in range(size)},
+        {f"p{number}": f"p{number // 3}" for number in range(size)},
     )
-    started = time.process_time()
-    strategy(closure, popularity, 94)
+    steps = 0
 
-    # It takes 0.1 to 0.5 s; a busy machine takes longer, and anything quadratic longer still.
-    assert time.process_time() - started < 3
+    def step(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += 1
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        strategy(closure, popularity, 94)
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+@strategies
+def test_what_a_plan_takes_grows_as_the_closure_does(strategy: Strategy) -> None:
+    # Four times as much for four times the closure, and sixteen times if anything was quadratic.
+    assert steps_to_plan(strategy, 1200) < 7 * steps_to_plan(strategy, 300)
 
 
 def test_the_default_is_one_of_the_strategies() -> None:

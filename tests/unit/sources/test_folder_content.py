@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chandlery.sources.folder_content import ContentChangedError, Copied, FolderContent
@@ -130,7 +130,6 @@ def write(folder: Path, tree: Mapping[tuple[str, ...], bytes]) -> None:
         file.write_bytes(content)
 
 
-@settings(max_examples=50)
 @given(sound_trees, sound_trees)
 def test_different_folders_have_different_revisions(
     one: dict[tuple[str, ...], bytes], other: dict[tuple[str, ...], bytes]
@@ -142,7 +141,6 @@ def test_different_folders_have_different_revisions(
         assert (revision(Path(first)) == revision(Path(second))) == (one == other)
 
 
-@settings(max_examples=50)
 @given(sound_trees, sound_trees)
 def test_a_copy_is_what_was_copied_also_on_top_of_an_earlier_one(
     one: dict[tuple[str, ...], bytes], other: dict[tuple[str, ...], bytes]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from chandlery.oci.digest import Digest
 from chandlery.storage.leases import Leases
+from tests.support.tasks import suspended
 
 BLOB, OTHER = Digest.of(b"blob"), Digest.of(b"other")
 
@@ -35,7 +36,7 @@ async def test_no_lease_is_taken_under_the_lock_of_this_process_or_another(tmp_p
             taking = []
             async with ours.locked():
                 taking = [asyncio.create_task(lease.take(BLOB)) for lease in (first, second)]
-                await asyncio.sleep(0.05)
+                await suspended(*taking)
                 assert ours.leased() == set()
             await asyncio.gather(*taking)
             assert ours.leased() == others.leased() == {BLOB}
