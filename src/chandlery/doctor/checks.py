@@ -28,11 +28,9 @@ from chandlery.errors import ChandleryError
 from chandlery.image.name import LATEST
 from chandlery.maintenance.run_marker import RunMarker
 from chandlery.nix.nix import Nix
-from chandlery.oci.documents import Platform
 from chandlery.server.parts import access_control, certificate, configured_popularity, open_nix, open_sources
 from chandlery.settings.settings import Settings, SourceSettings
 from chandlery.settings.values import without_secrets
-from chandlery.sources.debian.index import DebianIndex, DebianMirrors
 from chandlery.storage.object_store import open_blob_store
 
 # What nix.py calls is not in older ones, and the oldest that the tests run with.
@@ -80,7 +78,7 @@ def machine_checks(settings: Settings, scratch: Path, clock: Clock = time.time) 
         Check("nix", partial(_nix, settings, aside, made)),
         Check("sandbox", partial(_sandbox, aside, made), limit=120.0),
         Check("storage", partial(_storage, aside)),
-        Check("clock", partial(_clock, settings, scratch, clock)),
+        Check("clock", partial(_clock, aside, clock)),
         Check("address", partial(_address, settings), limit=30.0),
         Check("access", lambda: in_thread(partial(_access, aside))),
     ]
@@ -244,15 +242,19 @@ def _why_no_namespaces() -> str:
 
 
 async def _source(aside: Settings, name: str, source: SourceSettings, made: asyncio.Lock) -> Outcome:
-    alone = {"sources": {name: source}, "source": name} if name else {"sources": {}}
     # Only a flake is fetched by Nix.
     nix = (await _opened(aside, made))[0] if source.location.startswith("flake!") else open_nix(aside)
-    sources = open_sources(aside.model_copy(update=alone), nix)
+    sources = open_sources(_alone(aside, name, source), nix)
     try:
         pinned = await sources.of("").pin(LATEST, sources.platforms("")[0])
         return Outcome(f"{sources.of('').text} is at {pinned.tag}")
     finally:
         await sources.close()
+
+
+def _alone(aside: Settings, name: str, source: SourceSettings) -> Settings:
+    """Return settings in which there is no other source."""
+    return aside.model_copy(update={"sources": {name: source}, "source": name} if name else {"sources": {}})
 
 
 async def _popularity(aside: Settings) -> Outcome:
@@ -269,8 +271,8 @@ async def _storage(aside: Settings) -> Outcome:
     return Outcome(f"blobs can be written to {where}, read and deleted")
 
 
-async def _clock(settings: Settings, scratch: Path, clock: Clock) -> Outcome:
-    urls = await _urls(settings, scratch)
+async def _clock(aside: Settings, clock: Clock) -> Outcome:
+    urls = await _urls(aside)
     # Of a certificate that seems to have expired the clock may be the reason; nothing but a date is read.
     async with httpx.AsyncClient(verify=False, timeout=_HTTP_LIMIT) as client:  # noqa: S501
         for url in urls:
@@ -289,24 +291,16 @@ async def _clock(settings: Settings, scratch: Path, clock: Clock) -> Outcome:
     return Outcome("no server answered to compare it with", Status.WARNING)
 
 
-async def _urls(settings: Settings, scratch: Path) -> Sequence[str]:
-    """Return addresses of servers that are asked anyway."""
+async def _urls(aside: Settings) -> Sequence[str]:
+    """Return addresses of servers that the sources ask anyway."""
     found: list[str] = []
-    for source in settings.all_sources.values():
-        kind, _, location = source.location.partition("!")
-        if kind == "debian":
-            mirrors = DebianMirrors(settings.debian_mirror, settings.debian_security_mirror)
-            index = DebianIndex(scratch / "clock", location, Platform.of_host().architecture, mirrors)
-            try:
-                found += await index.addresses()
-            except ChandleryError:
-                continue  # the check of this source says why
-        elif kind == "nixpkgs":
-            found.append(settings.nixpkgs_channel_url.format(channel="nixos-unstable"))
-        else:
-            found += _URL.findall(location)
-    found += _URL.findall(settings.storage_options.get("endpoint", ""))
-    return [f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/" for parts in map(urlsplit, found)]
+    for name, source in aside.all_sources.items():
+        try:
+            sources = open_sources(_alone(aside, name, source), open_nix(aside))
+            found += await sources.of("").upstreams()
+        except ChandleryError:
+            continue  # the check of this source says why
+    return found
 
 
 async def _address(settings: Settings) -> Outcome:

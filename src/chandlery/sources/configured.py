@@ -50,9 +50,7 @@ class Sources:
     async def at(self, pin: PinnedSource, platform: Platform) -> PinnedSource | None:
         """Find the source that has what was pinned once; None if none has it any more, or never had."""
         for each in self:
-            # A tag may have chosen another suite of Debian.
-            mine = each.source.location == pin.location or pin.kind == "debian"
-            if each.source.kind == pin.kind and mine:
+            if each.source.kind == pin.kind and each.source.serves(pin.location):
                 found = await each.source.at(pin.revision, platform)
                 if found == pin:
                     return found

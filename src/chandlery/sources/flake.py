@@ -178,6 +178,14 @@ class FlakeSource:
         """See `PackageSource.platforms`."""
         return (Platform.of_host(),)
 
+    def serves(self, location: str) -> bool:
+        """See `PackageSource.serves`."""
+        return location == self.location
+
+    async def upstreams(self) -> Sequence[str]:
+        """See `PackageSource.upstreams`."""
+        return ()
+
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`."""
         if _BEGINNING.fullmatch(reference):

@@ -58,6 +58,9 @@ _MOST_TREES = 4
 # Bytes of what should be a commit, to look at and to show.
 _LONGEST_ANSWER, _LONGEST_SHOWN = 4096, 60
 
+# The channel whose server is asked if no other will do.
+_COMPARED = "nixos-unstable"
+
 # A channel's revision is a few bytes.
 _CHANNEL_LIMITS = DownloadLimits(silence=10.0, total=30.0, pauses=(0.5,))
 
@@ -140,6 +143,14 @@ class NixpkgsSource:
     def platforms(self) -> tuple[Platform, ...]:
         """See `PackageSource.platforms`."""
         return (Platform.of_host(),)
+
+    def serves(self, location: str) -> bool:
+        """See `PackageSource.serves`."""
+        return location == self.location
+
+    async def upstreams(self) -> Sequence[str]:
+        """See `PackageSource.upstreams`."""
+        return (str(self._addresses.channel(_COMPARED)),)
 
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`; the first time, a channel's tarball is fetched."""

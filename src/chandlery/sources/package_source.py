@@ -41,6 +41,14 @@ class PackageSource(Protocol):
         """Return the platforms for which it makes images on this machine, the machine's own first."""
         ...
 
+    def serves(self, location: str) -> bool:
+        """Return whether revisions of this location of its kind may be among its own."""
+        ...
+
+    async def upstreams(self) -> Sequence[str]:
+        """Return the addresses of HTTP servers that it asks anyway; none if it knows of none."""
+        ...
+
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """Return what a tag means now: `latest`, the tag of a revision, or what else the source has.
 

@@ -45,6 +45,14 @@ class PathSource:
         """Whether the folder was ever pinned, so that there is something to serve without it."""
         return self._pin_file.exists()
 
+    def serves(self, location: str) -> bool:
+        """See `PackageSource.serves`."""
+        return location == self.location
+
+    async def upstreams(self) -> Sequence[str]:
+        """See `PackageSource.upstreams`."""
+        return ()
+
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`; a tag is `latest` or that of a revision whose copy is kept."""
         arguments = await self._arguments.pin()

@@ -69,6 +69,12 @@ class BothPlatforms:
         self.answers.set()
         self.errors: dict[Platform, Exception] = {}
 
+    def serves(self, location: str) -> bool:
+        return location == self.location
+
+    async def upstreams(self) -> Sequence[str]:
+        return ()
+
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         await self.answers.wait()
         if platform in self.errors:

@@ -68,6 +68,14 @@ class DebianSource:
         others = (Platform("linux", each) for each in ARCHITECTURES if each != host.architecture)
         return (host, *others)
 
+    def serves(self, location: str) -> bool:
+        """See `PackageSource.serves`: a tag may have chosen another suite."""
+        return SUITE.fullmatch(location) is not None
+
+    async def upstreams(self) -> Sequence[str]:
+        """See `PackageSource.upstreams`: the mirrors."""
+        return await self._index(self.location, Platform.of_host().architecture).addresses()
+
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`; an index that was never fetched is fetched now."""
         if reference == LATEST:

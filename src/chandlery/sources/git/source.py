@@ -91,6 +91,14 @@ class GitSource:
         """See `PackageSource.platforms`."""
         return (Platform.of_host(),)
 
+    def serves(self, location: str) -> bool:
+        """See `PackageSource.serves`."""
+        return location == self.location
+
+    async def upstreams(self) -> Sequence[str]:
+        """See `PackageSource.upstreams`."""
+        return ()
+
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         """See `PackageSource.pin`."""
         arguments = await self._arguments.pin()
