@@ -7,16 +7,19 @@ import json
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from chandlery.oci.digest import Digest
 from tests.support.generated_requests import FORGED, Request, broken_requests, requests
@@ -26,6 +29,8 @@ from tests.support.servers import RunningServer, serving
 
 WELL_FORMED = 4000
 BROKEN = 1000
+# So many are under way at once.
+CLIENTS = 8
 # Seconds in which a request is answered. A build may begin for it, but nobody is held for more than a moment.
 DEADLINE = 20.0
 # Seconds in which more may come after what may be the beginning of something.
@@ -47,6 +52,9 @@ SECRET = b"canary-of-the-tests"
 DETERMINED = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False
 )
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,27 +172,50 @@ def check_error(answer: Answer) -> None:
     assert error["detail"]["request_id"] == answer.headers["x-request-id"]
 
 
+def generated(strategy: SearchStrategy[T], count: int) -> list[T]:
+    """Draw so many from a strategy, the same ones every time."""
+    drawn: list[T] = []
+
+    @settings(DETERMINED, max_examples=count)
+    @given(strategy)
+    def draw(each: T) -> None:
+        drawn.append(each)
+
+    draw()
+    return drawn
+
+
+def side_by_side(send_one: Callable[[T], str], requests: Sequence[T]) -> list[str]:
+    """Send each; give what became of it. What goes wrong is raised with the request in it."""
+
+    def send_and_name(request: T) -> str:
+        try:
+            return send_one(request)
+        except Exception as error:
+            error.add_note(f"the request was {request!r}")
+            raise
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return list(pool.map(send_and_name, requests))
+
+
 def test_any_request_gets_a_proper_answer(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     files, memory = target.files(), target.memory()
     seen: Counter[str] = Counter()
 
-    @settings(DETERMINED, max_examples=WELL_FORMED)
-    @given(requests(target.digests))
-    def well_formed(request: Request) -> None:
+    def well_formed(request: Request) -> str:
         answer = ask(target, request)
-        seen[f"{answer.status}{'' if answer.is_of_the_application else ' by granian'}"] += 1
         check(target, request, answer)
+        return f"{answer.status}{'' if answer.is_of_the_application else ' by granian'}"
 
-    @settings(DETERMINED, max_examples=BROKEN)
-    @given(broken_requests(target.digests))
-    def broken(content: bytes) -> None:
+    def broken(content: bytes) -> str:
         received = send(target, content)
-        seen["broken"] += 1
         assert SECRET not in received
         assert all(int(status) < 500 for status in re.findall(rb"HTTP/1\.[01] (\d{3})", received))
+        return "broken"
 
-    well_formed()
-    broken()
+    seen.update(side_by_side(well_formed, generated(requests(target.digests), WELL_FORMED)))
+    seen.update(side_by_side(broken, generated(broken_requests(target.digests), BROKEN)))
 
     grown = target.memory() - memory
     with capsys.disabled():
