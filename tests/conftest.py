@@ -9,7 +9,7 @@ import pytest
 
 # What a test in a folder has need of; `unit` has need of nothing.
 _MARKERS = {name: getattr(pytest.mark, name) for name in ("integration", "nix", "end_to_end")}
-_DAEMONS = {"docker", "containerd", "podman", "engine", "server"}
+_DAEMONS = {"docker", "containerd", "podman", "engine"}
 _TESTS = Path(__file__).parent
 
 # A contributor waits for the result; CI is thorough.
@@ -28,11 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = item.path.relative_to(_TESTS)
         if file.parts[0] in _MARKERS:
             item.add_marker(_MARKERS[file.parts[0]])
-        # Several processes may run the tests (pytest-xdist). One process has all that need a daemon of
-        # end_to_end/conftest.py, so that there is one of each; and a file's tests share its fixtures.
-        daemons = _DAEMONS.intersection(getattr(item, "fixturenames", ()))
-        group = "daemons" if file.parts[0] == "end_to_end" and daemons else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+        # Several processes may run the tests (pytest-xdist). One has all that need a daemon of clients or the
+        # server of end_to_end/conftest.py, so there is one of each; and a file's tests share its fixtures.
+        if item.get_closest_marker("xdist_group") is None:
+            needs_daemon = _DAEMONS.intersection(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group("daemons" if needs_daemon else str(file)))
 
 
 @pytest.fixture(autouse=True)

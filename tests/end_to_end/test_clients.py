@@ -14,6 +14,10 @@ from chandlery.oci.documents import DOCKER_MANIFEST, OCI_MANIFEST
 from tests.support.clients import ClientError, Containerd, Docker, Engine, Podman, Skopeo
 from tests.support.running import Server, TlsServer
 
+# They use the server of conftest.py, as do other tests of this group.
+pytestmark = pytest.mark.xdist_group("daemons")
+
+
 # Names of large images choose their platform, lest two are built.
 TOOLS = "amd64/shell/git/jq/curl"
 _ELF_AARCH64 = 183  # e_machine, elf(5)

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
 from chandlery.oci.documents import OCI_MANIFEST
 from tests.support.clients import Containerd, Docker, Podman, Skopeo
 from tests.support.package_sets import SOURCE
 from tests.support.servers import LIMIT, RunningServer, environment, serving
+
+# They use the server of conftest.py, as do other tests of this group.
+pytestmark = pytest.mark.xdist_group("daemons")
 
 
 def collect_everything(data_dir: Path) -> None:

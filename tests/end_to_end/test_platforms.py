@@ -12,6 +12,10 @@ from tests.support.clients import Containerd, Docker, Engine, Podman, Skopeo
 from tests.support.running import Server
 from tests.support.servers import RunningServer, serving
 
+# They use the server of conftest.py, as do other tests of this group.
+pytestmark = pytest.mark.xdist_group("daemons")
+
+
 HOST = Platform.of_host().architecture
 [OTHER] = {"amd64", "arm64"} - {HOST}
 _ELF_MACHINE = {"amd64": 62, "arm64": 183}  # e_machine, elf(5)

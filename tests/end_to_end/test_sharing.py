@@ -22,6 +22,10 @@ from tests.support.clients import Containerd, Skopeo
 from tests.support.running import Server
 from tests.support.servers import plain_environment
 
+# They use the server of conftest.py, as do other tests of this group.
+pytestmark = pytest.mark.xdist_group("daemons")
+
+
 IMAGES = (
     "shell/git/jq/curl",
     "python3",

@@ -30,9 +30,9 @@ class RunningServer:
     log: Path
     mark: str
 
-    def get(self, path: str) -> httpx.Response:
+    def get(self, path: str, timeout: float = LIMIT) -> httpx.Response:
         # Whether certificates are right is the business of other tests.
-        return httpx.get(f"{self.url}{path}", timeout=LIMIT, verify=False)  # noqa: S501
+        return httpx.get(f"{self.url}{path}", timeout=timeout, verify=False)  # noqa: S501
 
     def answers(self) -> bool:
         with suppress(httpx.TransportError):
