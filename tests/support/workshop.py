@@ -31,6 +31,7 @@ from tests.support import layers
 from tests.support.package_sets import SOURCE, Gates
 
 HOST = Platform.of_host()
+NAME_PREFIXES = NamePrefixes(HOST)
 
 
 class WatchedNix(Nix):
@@ -133,7 +134,7 @@ class Workshop:
 
 
 def a_request(*parts: str) -> ImageRequest:
-    return image_name.of_parts(parts, LATEST, NamePrefixes(HOST))
+    return image_name.of_parts(parts, LATEST, NAME_PREFIXES)
 
 
 @asynccontextmanager
