@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from chandlery.layers.compression import COMPRESSIONS
+
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
@@ -28,5 +30,6 @@ MaxLayers = Annotated[
     typer.Option(help="Layers per image, the root filesystem's included. [default: 96]", show_default=False),
 ]
 Compression = Annotated[
-    str | None, typer.Option(help="Of layers: none, gzip or zstd. [default: gzip]", show_default=False)
+    str | None,
+    typer.Option(help=f"Of layers: {', '.join(COMPRESSIONS)}. [default: gzip]", show_default=False),
 ]

@@ -28,7 +28,7 @@ from chandlery.server.parts import access_control, certificate, open_parts
 from chandlery.server.tls import OLDEST_PROTOCOL, CertificateCopy
 from chandlery.settings.settings import Settings
 from chandlery.settings.values import without_secrets
-from chandlery.storage.object_store import check_storage
+from chandlery.storage.kinds import check_storage
 from chandlery.telemetry import logs
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()

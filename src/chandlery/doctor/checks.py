@@ -31,7 +31,7 @@ from chandlery.nix.nix import Nix
 from chandlery.server.parts import access_control, certificate, configured_popularity, open_nix, open_sources
 from chandlery.settings.settings import Settings, SourceSettings
 from chandlery.settings.values import without_secrets
-from chandlery.storage.object_store import open_blob_store
+from chandlery.storage.kinds import open_blob_store
 
 # What nix.py calls is not in older ones, and the oldest that the tests run with.
 _OLDEST_NIX, _OLDEST_TESTED_NIX = (2, 4), (2, 8)

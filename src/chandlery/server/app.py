@@ -17,7 +17,8 @@ from chandlery.errors import ChandleryError
 from chandlery.image.name import LATEST
 from chandlery.maintenance.background import Work, by_one, in_background, maintained
 from chandlery.plan.popularity import Popularity
-from chandlery.registry.api import Access, routes
+from chandlery.registry import api
+from chandlery.registry.api import Access
 from chandlery.registry.response_cache import ResponseCache
 from chandlery.registry.waiting import WaitPolicy
 from chandlery.server import monitoring
@@ -79,11 +80,12 @@ def create_app(
                     images.queue.observers.append(traces.built)
                 access = Access(WaitPolicy(settings.hold, settings.redirections), control)
                 blobs = await stack.enter_async_context(maintained(settings, parts.stores, images))
-                app.router.routes.extend(routes(images, blobs, name_prefixes(settings), access))
                 monitoring.count(metrics, images.queue, settings.data_dir)
                 watchers = Watchers(parse_networks(settings.metrics_networks), proxies)
-                pages = monitoring.routes(metrics, _readiness(parts), images.queue, watchers, reports)
-                app.router.routes.extend(pages)
+                app.router.routes += [
+                    *api.routes(images, blobs, name_prefixes(settings), access),
+                    *monitoring.routes(metrics, _readiness(parts), images.queue, watchers, reports),
+                ]
                 await stack.enter_async_context(in_background(lambda: _keep(parts)))
                 works: list[Work] = [lambda: _refresh(parts)]
                 copy = certificate(settings)

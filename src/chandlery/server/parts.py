@@ -36,8 +36,8 @@ from chandlery.sources.configured import ConfiguredSource, Sources
 from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.nixpkgs import NixpkgsAddresses
 from chandlery.sources.package_source import SourceOptions
+from chandlery.storage.kinds import open_blob_store
 from chandlery.storage.leases import Leases
-from chandlery.storage.object_store import open_blob_store
 from chandlery.telemetry.metrics import Metrics
 
 

@@ -37,7 +37,7 @@ from chandlery.settings.nixery import NixeryEnvironment
 from chandlery.settings.places import Origin, Places
 from chandlery.settings.problems import ContradictionError, meant_by, settings_error
 from chandlery.settings.values import leaves
-from chandlery.storage.bucket import Bucket
+from chandlery.storage import kinds as storage_kinds
 
 _FILE_VARIABLE = "CHANDLERY_SETTINGS"
 
@@ -226,7 +226,7 @@ class Settings(BaseModel):
     tls_refresh: float = Field(60.0, gt=0, description="how often to see whether they have changed")
 
     max_layers: int = Field(96, ge=2, le=126, description="layers per image, the root filesystem's included")
-    compression: str = Field("gzip", description="of layers: none, gzip or zstd")
+    compression: str = Field("gzip", description=f"of layers: {', '.join(COMPRESSIONS)}")
     layer_strategy: str = Field(DEFAULT_STRATEGY, description="how store paths are grouped into layers")
     popularity: str = Field(
         "",
@@ -259,7 +259,7 @@ class Settings(BaseModel):
     @field_validator("storage")
     @classmethod
     def _bucket(cls, value: str) -> str:
-        return str(Bucket.parse(value)) if value else value
+        return storage_kinds.normalised(value)
 
     @field_validator("storage_options", mode="before")
     @classmethod

@@ -22,7 +22,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Self
 
-import anyio.to_process
 import obstore
 import structlog
 from obstore.exceptions import BaseError
@@ -31,10 +30,9 @@ from chandlery.errors import BlobNotFoundError, StorageError
 from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor
-from chandlery.storage.blob_store import BlobInfo, BlobStore
+from chandlery.storage.blob_store import BlobInfo
 from chandlery.storage.bucket import Bucket, Connection, Retries
 from chandlery.storage.byte_range import ByteRange
-from chandlery.storage.file_store import FileBlobStore
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -64,37 +62,6 @@ _SIGN_AGAIN = 60.0
 
 _FOLDER = "blobs/sha256"
 _KEY = re.compile(_FOLDER + r"/([0-9a-f]{2})/(\1[0-9a-f]{62})")
-
-
-@contextmanager
-def open_blob_store(
-    storage: str, folder: Path, options: Mapping[str, str], *, redirects: bool = True
-) -> Iterator[BlobStore]:
-    """Open the store that the settings name: a bucket, or with an empty text the files in `folder`.
-
-    Raises `StorageError` about the folder, and `SettingsError` about the options. A bucket isn't asked
-    anything; that is what `check` does.
-    """
-    if not storage:
-        with FileBlobStore(folder) as files:
-            yield files
-        return
-    with ObjectBlobStore(Bucket.parse(storage), options, folder, redirects=redirects) as objects:
-        yield objects
-
-
-async def check_storage(storage: str, folder: Path, options: Mapping[str, str]) -> None:
-    """Check what `open_blob_store` opens, in a process of its own; see `BlobStore.check`.
-
-    A server's workers are forked, and then obstore waits for ever if it has worked before: its threads stay
-    behind.
-    """
-    await anyio.to_process.run_sync(_check_storage, storage, folder, options)
-
-
-def _check_storage(storage: str, folder: Path, options: Mapping[str, str]) -> None:
-    with open_blob_store(storage, folder, options) as blobs:
-        asyncio.run(blobs.check())
 
 
 class ObjectBlobStore:

@@ -18,7 +18,8 @@ from chandlery.settings.settings import Settings
 from chandlery.storage.bucket import Bucket
 from chandlery.storage.byte_range import ByteRange
 from chandlery.storage.file_store import FileBlobStore
-from chandlery.storage.object_store import ObjectBlobStore, open_blob_store
+from chandlery.storage.kinds import open_blob_store
+from chandlery.storage.object_store import ObjectBlobStore
 from tests.support.blob_store_contract import CONTENT, MEDIA_TYPE, BlobStoreContract, put, read
 from tests.support.swift_server import KEY, Swift, swift
 
