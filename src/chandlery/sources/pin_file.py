@@ -59,7 +59,7 @@ class PinFile:
         self._version: tuple[int, int] | None = None
         self._looked_at = float("-inf")
         self._used: dict[str, float] = {}
-        self._written: dict[str, float] = {}
+        self._written: dict[str, float] = {}  # how old the pins are that the file has
         self._turn = asyncio.Lock()
 
     async def pin(self, reference: str, *, latest: bool = False) -> StoredPin | None:
@@ -117,18 +117,19 @@ class PinFile:
             if table is not None:
                 self._version = version
                 self._table = self._changed(table, _Change())
+                self._written = {each: pin.resolved for each, pin in table.pins.items()}
 
     async def _change(self, change: _Change) -> None:
         """Make a change, here and in the file; if that can't be written, here only."""
         async with self._turn:
             try:
                 self._table = await asyncio.to_thread(self._change_file, change)
+                self._written = {each: pin.resolved for each, pin in self._table.pins.items()}
             except StorageError as error:
                 log.warning("pins can't be kept", file=str(self._file), reason=str(error))
                 self._table = self._changed(self._table, change)
-        for noted in (self._used, self._written):
-            for gone in noted.keys() - self._table.pins.keys():
-                noted.pop(gone)
+        for gone in self._used.keys() - self._table.pins.keys():
+            self._used.pop(gone)
 
     def _change_file(self, change: _Change) -> _Table:
         with storage_errors(self._file.parent):
