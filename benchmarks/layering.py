@@ -144,7 +144,7 @@ _KINDS: Sequence[tuple[str, int, int, _Kind]] = (
 
 
 def workloads(graph: PackageGraph, seeds: int) -> Iterator[tuple[str, Workload]]:
-    """Give the workload of the issue, and one of each kind for each seed."""
+    """Yield the workload of the issue, and one of each kind for each seed."""
     yield "given", Workload.parse(gzip.decompress((_DATA / "workload.json.gz").read_bytes()), graph)
     for title, clients, pulls, kind in _KINDS:
         for seed in range(1, seeds + 1):

@@ -98,7 +98,7 @@ async def _realise(data_dir: Path) -> tuple[float, int]:
 
 
 def _percentile(times: Sequence[float], percent: int) -> float:
-    """Give it in milliseconds."""
+    """Return it in milliseconds."""
     return statistics.quantiles(times, n=100)[percent - 1] * 1e3
 
 

@@ -75,7 +75,7 @@ async def table(data_dir: Path) -> Table:
 async def realised(
     parts: Parts, settings: Settings, *packages: str
 ) -> tuple[Closure, tuple[LayerGroup, ...]]:
-    """Give the closure of some packages, built, and its groups, as an image of the Debian set has them."""
+    """Return the closure of some packages, built, and its groups, as an image of the Debian set has them."""
     request = of_parts(packages, LATEST, NamePrefixes(Platform.of_host()))
     pin = await parts.sources.of("").pin(LATEST, request.platform)
     resolver = PackageResolver(parts.stores.nix, parts.stores.index)

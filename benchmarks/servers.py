@@ -29,12 +29,12 @@ class RunningServer:
         return f"http://127.0.0.1:{self.port}"
 
     def cpu_seconds(self) -> float:
-        """Give what its processes have used so far."""
+        """Return what its processes have used so far."""
         ticks = sum(int(fields[11]) + int(fields[12]) for _, fields in self._processes())
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> tuple[int, int]:
-        """Give the bytes that its processes have in memory: PSS, and RSS (proc(5), smaps_rollup)."""
+        """Return the bytes that its processes have in memory: PSS, and RSS (proc(5), smaps_rollup)."""
         pss = rss = 0
         for folder, _ in self._processes():
             with suppress(OSError):
@@ -45,7 +45,7 @@ class RunningServer:
         return pss, rss
 
     def _processes(self) -> Iterator[tuple[Path, list[str]]]:
-        """Give folders in /proc, with the fields of their `stat` from the third on (proc(5))."""
+        """Yield folders in /proc, with the fields of their `stat` from the third on (proc(5))."""
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -53,7 +53,7 @@ class RunningServer:
                     yield folder, fields
 
     def answers(self) -> bool:
-        """Tell whether somebody answers."""
+        """Return whether somebody answers."""
         with suppress(httpx.TransportError):
             return bool(httpx.get(f"{self.url}/v2/").status_code)
         return False

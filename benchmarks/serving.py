@@ -166,7 +166,7 @@ def _blobs(servers: Sequence[RunningServer], blob: _Image, large: _Image) -> Tab
 
 
 def _wrk(url: str, connections: int, seconds: int) -> tuple[float, float, float]:
-    """Give requests per second, and what half of the requests and 99% of them took at most, in ms."""
+    """Return requests per second, and what half of the requests and 99% of them took at most, in ms."""
     command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", "--latency"]
     output = subprocess.run(
         [*command, "--header", f"Accept: {_ACCEPT}", url], check=True, capture_output=True, text=True
@@ -186,7 +186,7 @@ def _milliseconds(text: str) -> float:
 def _download(
     server: RunningServer, path: str, size: int, connections: int, headers: str
 ) -> tuple[float, float, int]:
-    """Give bytes per second, the server's CPU seconds per GB, and by how many bytes it grew at most.
+    """Return bytes per second, the server's CPU seconds per GB, and by how many bytes it grew at most.
 
     Every connection asks again as long as there is time, and once at least.
     """

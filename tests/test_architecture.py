@@ -88,7 +88,7 @@ def room_of(module: str) -> str:
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Give what is imported anywhere in a module, dotted and whole, and the name that it gets there."""
+    """Yield what is imported anywhere in a module, dotted and whole, and the name that it gets there."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -100,7 +100,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def own_imports(module: str) -> set[str]:
-    """Give the modules of Chandlery that a module imports."""
+    """Return the modules of Chandlery that a module imports."""
     found = set()
     for name, _ in imports(TREES[module]):
         package, _, rest = name.partition(".")
@@ -110,7 +110,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def with_all_below(module: str) -> set[str]:
-    """Give a module and what it imports, directly or not."""
+    """Return a module and what it imports, directly or not."""
     found, pending = set(), [module]
     while pending:
         each = pending.pop()
@@ -121,7 +121,7 @@ def with_all_below(module: str) -> set[str]:
 
 
 def used(tree: ast.Module) -> set[str]:
-    """Give what a module uses of others, dotted and whole, whatever it calls them: `os.environ`."""
+    """Return what a module uses of others, dotted and whole, whatever it calls them: `os.environ`."""
     local = {name: whole for whole, name in imports(tree)}
     found = {whole for whole, _ in imports(tree)}
     for node in ast.walk(tree):

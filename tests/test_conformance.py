@@ -12,7 +12,7 @@ TABLE = (TESTS.parent / "docs" / "conformance.md").read_text()
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
-    """Give requirement, section and tests of every row, less the heads of the tables."""
+    """Yield requirement, section and tests of every row, less the heads of the tables."""
     for line in TABLE.splitlines():
         if line.startswith("| ") and not line.startswith(("| ---", "| requirement ")):
             requirement, section, tests = (cell.strip() for cell in line.strip("|").split(" | "))
@@ -20,7 +20,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
 
 
 def functions(file: Path) -> set[str]:
-    """Give the names of the functions at the top of a file."""
+    """Return the names of the functions at the top of a file."""
     tree = ast.parse(file.read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 

@@ -280,7 +280,7 @@ class EvaluationMemoryError(EvaluationError):
 
 
 def evaluation_error(reasons: Mapping[str, Mapping[str, str]]) -> EvaluationError:
-    """Give the error of packages that can't be had: of its own class where all have one reason."""
+    """Return the error of packages that can't be had: of its own class where all have one reason."""
     kinds = {_evaluation_error_class(of["reason"]) for of in reasons.values()}
     return (kinds.pop() if len(kinds) == 1 else EvaluationError)(reasons)
 

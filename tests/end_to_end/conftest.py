@@ -72,7 +72,7 @@ def server() -> Iterator[Server]:
 
 @contextmanager
 def _data_folder() -> Iterator[Path]:
-    """Give the folder in CHANDLERY_TEST_DATA, so that what is built is there next time; else a new one."""
+    """Return the folder in CHANDLERY_TEST_DATA, so that what is built is there next time; else a new one."""
     kept = os.environ.get("CHANDLERY_TEST_DATA")
     if kept:
         yield Path(kept).absolute()

@@ -66,7 +66,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Give a server at the address of a proxy that tells it neither that address nor its port."""
+    """Return a server at the address of a proxy that tells it neither that address nor its port."""
     require("nginx", root=False)
     folder = tmp_path_factory.mktemp("proxied")
     port = free_port()

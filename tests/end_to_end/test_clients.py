@@ -186,12 +186,12 @@ def test_docker_loads_an_archive_that_skopeo_made(
 
 
 def machine_of(program: Path) -> int:
-    """Give the machine that an ELF file is for (elf(5), e_machine; 64 bits, little-endian)."""
+    """Return the machine that an ELF file is for (elf(5), e_machine; 64 bits, little-endian)."""
     return int.from_bytes(program.read_bytes()[18:20], "little")
 
 
 def blobs_of(layout: Path) -> Iterator[Path]:
-    """Give the config of the one image in an OCI layout, and then its layers."""
+    """Yield the config of the one image in an OCI layout, and then its layers."""
     [image] = json.loads((layout / "index.json").read_text())["manifests"]
 
     def blob(digest: str) -> Path:

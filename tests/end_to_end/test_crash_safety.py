@@ -50,14 +50,14 @@ def broken_blobs(data_dir: Path) -> list[Path]:
 
 
 def left_by_the_dead(data_dir: Path, server: RunningServer) -> list[Path]:
-    """Give the temporary folders of processes that are no more; their names begin with the process's id."""
+    """Return the temporary folders of processes that are no more; their names begin with the process's id."""
     alive = {str(number) for number in server.processes()}
     return [path for path in data_dir.glob("tmp/*") if path.name.partition("-")[0] not in alive]
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Path]:
-    """Give a file for what servers say; it is shown when a test fails."""
+    """Return a file for what servers say; it is shown when a test fails."""
     file = tmp_path / "server.log"
     yield file
     sys.stdout.write(file.read_text())

@@ -17,7 +17,7 @@ from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
 
 def refusal(server: RunningServer, name: str) -> tuple[int, str]:
-    """Give the status and the message with which an image is refused."""
+    """Return the status and the message with which an image is refused."""
     response = server.get(f"/v2/{name}/manifests/latest")
     (error,) = response.json()["errors"]
     return response.status_code, error["message"]

@@ -72,12 +72,12 @@ class Target:
         return str(parts.hostname), int(parts.port or 0)
 
     def files(self) -> dict[str, bytes]:
-        """Give what stands around the data and at its top, and the content of the canaries."""
+        """Return what stands around the data and at its top, and the content of the canaries."""
         around = {str(path): b"" for path in (*self.folder.iterdir(), *(self.folder / "data").iterdir())}
         return around | {str(path): path.read_bytes() for path in self.folder.rglob("canary")}
 
     def memory(self) -> int:
-        """Give the memory of the server's process in bytes."""
+        """Return the memory of the server's process in bytes."""
         figures = self.server.get("/metrics").text
         found = re.search(r"^process_resident_memory_bytes (\S+)$", figures, re.MULTILINE)
         assert found

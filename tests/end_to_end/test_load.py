@@ -54,7 +54,7 @@ async def pull(client: httpx.AsyncClient, name: str) -> str:
 
 
 def memory(server: RunningServer) -> int:
-    """Give the most memory that any of the server's processes has held, summed up, in bytes."""
+    """Return the most memory that any of the server's processes has held, summed up, in bytes."""
     total = 0
     for number in server.processes():
         match = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{number}/status").read_text(), re.MULTILINE)

@@ -20,7 +20,7 @@ from tests.support.servers import LIMIT, RunningServer, serving, wait_until
 
 @pytest.fixture
 def package_set(tmp_path: Path) -> Path:
-    """Give a package set of the test's own, which it may take away."""
+    """Return a package set of the test's own, which it may take away."""
     require("nix", root=False)
     return Path(shutil.copytree(PACKAGE_SET, tmp_path / "set"))
 
@@ -31,7 +31,7 @@ def builds(server: RunningServer) -> list[dict[str, Any]]:
 
 
 def figures(server: RunningServer) -> dict[str, float]:
-    """Give every sample by its name and the values of its labels."""
+    """Return every sample by its name and the values of its labels."""
     return {
         " ".join([sample.name, *(value for _, value in sorted(sample.labels.items()))]): sample.value
         for family in text_string_to_metric_families(server.get("/metrics").text)

@@ -134,5 +134,5 @@ def test_a_source_is_picked_by_the_first_part(skopeo: Skopeo, configured: Runnin
 
 
 def machine_of(program: Path) -> int:
-    """Give the machine that an ELF file is for (elf(5), e_machine; 64 bits, little-endian)."""
+    """Return the machine that an ELF file is for (elf(5), e_machine; 64 bits, little-endian)."""
     return int.from_bytes(program.read_bytes()[18:20], "little")

@@ -42,13 +42,13 @@ IMAGES = (
 
 @pytest.fixture
 def new_containerd() -> Iterator[Containerd]:
-    """Give a containerd that holds no layer."""
+    """Return a containerd that holds no layer."""
     with Containerd.start() as client:
         yield client
 
 
 def sent_blobs(server: Server) -> int:
-    """Tell how many bytes of blobs the server has sent so far."""
+    """Return how many bytes of blobs the server has sent so far."""
     text = httpx.get(f"{server.url}/metrics").text
     return sum(
         int(sample.value)
@@ -59,7 +59,7 @@ def sent_blobs(server: Server) -> int:
 
 
 def store_paths(image: str, data_dir: Path) -> set[str]:
-    """Give the store paths that layers of an image are planned of."""
+    """Return the store paths that layers of an image are planned of."""
     printed = subprocess.run(
         [sys.executable, "-m", "chandlery", "plan", *image.split("/"), "--json", "--data-dir", str(data_dir)],
         env=plain_environment(),

@@ -134,7 +134,7 @@ class Registry:
         return told
 
     def refusal(self, name: str, tag: str) -> str:
-        """Give the message of a tag that is not found."""
+        """Return the message of a tag that is not found."""
         response = self.answer(name, tag)
         assert response.status_code == 404, response.text
         [error] = response.json()["errors"]
@@ -164,7 +164,7 @@ class Registry:
         return Pulled(digest, headers["chandlery-revision"], labels, says)
 
     def logged(self, event: str, source: str) -> list[str]:
-        """Give the references of a source of which the log says something."""
+        """Return the references of a source of which the log says something."""
         lines = (self._folder / "log").read_text().splitlines()
         events = [json.loads(line) for line in lines if line.startswith("{")]
         return [
@@ -302,7 +302,7 @@ def test_a_tag_that_is_not_there_or_not_allowed_is_not_found_and_the_answer_says
 
 @contextmanager
 def trap() -> Iterator[tuple[str, Callable[[], bool]]]:
-    """Give an address, and what tells whether anybody has been there."""
+    """Return an address, and what tells whether anybody has been there."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
 

@@ -52,7 +52,7 @@ def workers(server: RunningServer) -> set[int]:
 
 
 def builder(data_dir: Path) -> int:
-    """Give the worker that builds: what it keeps from Nix's collector is in a folder with its number."""
+    """Return the worker that builds: what it keeps from Nix's collector is in a folder with its number."""
     (roots,) = data_dir.glob("tmp/*/20*")
     return int(roots.parent.name.partition("-")[0])
 

@@ -42,7 +42,7 @@ class Fault(Enum):
 
 
 def tree_of_shape(says: str) -> dict[str, bytes]:
-    """Give the package set of nixpkgs' shape, whose `revision` program prints a text."""
+    """Return the package set of nixpkgs' shape, whose `revision` program prints a text."""
     files = {
         str(path.relative_to(SHAPE)): path.read_bytes() for path in sorted(SHAPE.rglob("*")) if path.is_file()
     }
@@ -191,7 +191,7 @@ class ChannelServer:
             over.wait()
 
     def _body(self, request: BaseHTTPRequestHandler) -> bytes | None:
-        """Give what is at a path; None if something else was answered."""
+        """Return what is at a path; None if something else was answered."""
         parts = request.path.strip("/").split("/")
         if len(parts) == 2 and parts[1] == "git-revision" and parts[0] in self.channels:
             commit = self.channels[parts[0]]

@@ -230,7 +230,7 @@ class Containerd:
         return self._ctr("content", "fetch", "--plain-http", image)
 
     def _https(self, registry: str) -> str:
-        """Give a folder of settings by which ctr speaks HTTPS to a loopback address, with any certificate."""
+        """Return a folder of settings by which ctr speaks HTTPS to loopback, with any certificate."""
         folder = self._ctr.folder / "hosts"
         settings = folder / registry / "hosts.toml"
         settings.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ class Containerd:
 
     @contextmanager
     def mounted(self, image: str, platform: str) -> Iterator[Path]:
-        """Give the root filesystem of an image that was pulled for a platform."""
+        """Return the root filesystem of an image that was pulled for a platform."""
         target = Path(tempfile.mkdtemp(dir=self._ctr.folder))
         self._ctr("images", "mount", "--platform", platform, image, str(target))
         try:
@@ -290,7 +290,7 @@ class Podman:
 
     @contextmanager
     def mounted(self, image: str) -> Iterator[Path]:
-        """Give the image's root filesystem."""
+        """Return the image's root filesystem."""
         try:
             yield Path(self._podman("image", "mount", image).strip())
         finally:
@@ -318,11 +318,11 @@ class Skopeo:
         return dict(json.loads(self._skopeo("inspect", "--tls-verify=false", f"docker://{image}")))
 
     def manifest(self, image: str) -> str:
-        """Give the manifest as it was served."""
+        """Return the manifest as it was served."""
         return self._skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{image}")
 
     def config(self, image: str) -> str:
-        """Give the image's config as it was served."""
+        """Return the image's config as it was served."""
         return self._skopeo("inspect", "--config", "--raw", "--tls-verify=false", f"docker://{image}")
 
     def list_tags(self, repository: str) -> list[str]:
@@ -332,7 +332,7 @@ class Skopeo:
 
 @contextmanager
 def _state_folder() -> Iterator[Path]:
-    """Give a folder; in the end nothing is mounted in it, and it is gone."""
+    """Return a folder; in the end nothing is mounted in it, and it is gone."""
     # Not pytest's folder: the path of a socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="chandlery-"))
     try:
@@ -345,5 +345,5 @@ def _state_folder() -> Iterator[Path]:
 
 
 def _mount_points() -> list[Path]:
-    """Give all mount points, the oldest first (proc(5), mountinfo)."""
+    """Return all mount points, the oldest first (proc(5), mountinfo)."""
     return [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]

@@ -54,7 +54,7 @@ class Deb:
     postinst: str = ""
 
     def control(self, architecture: str) -> str:
-        """Give the control file, without an end of paragraph."""
+        """Return the control file, without an end of paragraph."""
         fields = {
             "Package": self.name,
             "Version": self.version,
@@ -66,12 +66,12 @@ class Deb:
         return "".join(f"{name}: {value}\n" for name, value in fields.items())
 
     def file_name(self, architecture: str) -> str:
-        """Give the name that the .deb has in a repository."""
+        """Return the name that the .deb has in a repository."""
         own = "all" if self.architecture == "all" else architecture
         return f"{self.name}_{self.version.rpartition(':')[2]}_{own}.deb"
 
     def build(self, architecture: str) -> bytes:
-        """Give the .deb; the same one every time."""
+        """Return the .deb; the same one every time."""
         conffiles = "".join(f"/{path}\n" for path in self.files if path.startswith("etc/"))
         control = {
             "control": Member(self.control(architecture).encode()),

@@ -29,7 +29,7 @@ async def examined(check: str, folder: Path, clock: Any = time.time, **options: 
 
 
 def _tree(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Give all that is below a folder, with size and time of change."""
+    """Return all that is below a folder, with size and time of change."""
     if not folder.is_dir():
         return {}
     return {

@@ -148,7 +148,7 @@ def _headers(known: tuple[str, ...]) -> st.SearchStrategy[list[tuple[bytes, byte
 
 @st.composite
 def requests(draw: st.DrawFn, known: tuple[str, ...]) -> Request:
-    """Give a request whose form is HTTP's, whatever it asks for; `known` are digests that are there."""
+    """Return a request whose form is HTTP's, whatever it asks for; `known` are digests that are there."""
     method, path, query = draw(_METHODS), draw(_paths(known)), draw(_QUERIES)
     fields = [(b"Host", draw(_HOSTS)), *draw(_headers(known)), (b"Connection", b"close")]
     if method in ("POST", "PUT", "PATCH"):
@@ -186,7 +186,7 @@ _MANGLED = [
 
 @st.composite
 def broken_requests(draw: st.DrawFn, known: tuple[str, ...]) -> bytes:
-    """Give bytes that were a request once, or never; most of them end, so that nobody waits for the rest."""
+    """Return bytes that were a request once, or never; most end, so that nobody waits for the rest."""
     content = draw(st.one_of(requests(known).map(lambda request: request.content), st.binary(max_size=200)))
     for _ in range(draw(st.integers(1, 3))):
         at, cut = draw(st.integers(0, len(content))), draw(st.integers(0, 30))

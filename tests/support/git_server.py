@@ -122,7 +122,7 @@ class HttpServer:
         return f"http://{credentials}127.0.0.1:{self.port}/{name}"
 
     def listings(self) -> int:
-        """Tell how often it was asked which references there are."""
+        """Return how often it was asked which references there are."""
         return sum("/info/refs" in each for each in self.requests)
 
     def start(self) -> None:
@@ -267,7 +267,7 @@ def http_server(
 
 @contextmanager
 def silent_server() -> Iterator[int]:
-    """Give the port of somebody who takes connections and says nothing."""
+    """Return the port of somebody who takes connections and says nothing."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         port: int = listener.getsockname()[1]

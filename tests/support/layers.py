@@ -22,7 +22,7 @@ def layer(blob: Path) -> tarfile.TarFile:
 
 
 def text(archive: tarfile.TarFile, name: str) -> str:
-    """Give the content of a file in an archive."""
+    """Return the content of a file in an archive."""
     file = archive.extractfile(name)
     assert file is not None, f"{name} is no file"
     return file.read().decode()

@@ -50,7 +50,7 @@ def packages(folder: Path, attributes: str) -> PinnedSource:
 
 
 async def resolve(nix: Nix, source: PinnedSource, attribute_path: str) -> Resolution:
-    """Give what one attribute path gives."""
+    """Return what one attribute path gives."""
     return (await nix.resolve(source, SYSTEM, [attribute_path]))[attribute_path]
 
 
@@ -58,6 +58,6 @@ NIXPKGS_SHAPE = Path(__file__).parent / "nixpkgs_shape"
 
 
 def nixpkgs_shape(overlays: Sequence[Path] = (), **config: object) -> PinnedSource:
-    """Give a package set that is called as nixpkgs is, with packages that are refused or do harm."""
+    """Return a package set that is called as nixpkgs is, with packages that are refused or do harm."""
     nix = {"tree": str(NIXPKGS_SHAPE), "config": config, "overlays": [str(path) for path in overlays]}
     return PinnedSource("nixpkgs", "nixos-unstable", "2" * 40, nix=nix)

@@ -28,7 +28,7 @@ class Gates:
         (self._folder / f"{name}.open").touch()
 
     def is_reached(self, name: str) -> bool:
-        """Tell whether a builder waits, or has waited."""
+        """Return whether a builder waits, or has waited."""
         return (self._folder / f"{name}.reached").exists()
 
     async def reached(self, name: str) -> None:

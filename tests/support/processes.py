@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def running(word: str) -> list[str]:
-    """Give the command lines of processes that have this word in them."""
+    """Return the command lines of processes that have this word in them."""
     found = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(FileNotFoundError, ProcessLookupError):

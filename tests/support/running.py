@@ -36,7 +36,7 @@ class Server:
         return f"http://{self.address}"
 
     def image(self, name: str, reference: str = "latest") -> str:
-        """Give an image's name as clients write it."""
+        """Return an image's name as clients write it."""
         return f"{self.address}/{name}{'@' if ':' in reference else ':'}{reference}"
 
     def answers(self) -> bool:

@@ -6,7 +6,7 @@ from chandlery.telemetry.metrics import Metrics
 
 
 def values(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    """Give every sample by its name and the values of its labels, in the order of the labels' names."""
+    """Return every sample by its name and the values of its labels, in the order of the labels' names."""
     text, media_type = metrics.exposition("")
     assert media_type.startswith("text/plain")
     return {

@@ -40,7 +40,7 @@ class RunningServer:
         return False
 
     def processes(self) -> list[int]:
-        """Give the server, its worker, those that pack, and Nix: whoever has inherited the mark."""
+        """Return the server, its worker, those that pack, and Nix: whoever has inherited the mark."""
         return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self._is_ours(folder)]
 
     def _is_ours(self, folder: Path) -> bool:
@@ -65,13 +65,13 @@ def free_port() -> int:
 
 
 def plain_environment(**variables: str) -> dict[str, str]:
-    """Give this process's environment without what it says about Chandlery."""
+    """Return this process's environment without what it says about Chandlery."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHANDLERY_")}
     return {**inherited, **variables}
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Give the environment of what builds the test package sets, on a network without binary caches."""
+    """Return the environment of what builds the test package sets, on a network without binary caches."""
     building = {"CHANDLERY_SUBSTITUTERS": "[]", "CHANDLERY_HOST_PATHS": HOST_PATHS}
     return plain_environment(**{**building, **variables})
 

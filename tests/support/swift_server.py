@@ -132,11 +132,11 @@ class Swift:
         return name
 
     def store(self, bucket: str) -> S3Store:
-        """Give a bucket as others see it that use it."""
+        """Return a bucket as others see it that use it."""
         return S3Store(bucket, config=self.options, client_options={"allow_http": True})  # type: ignore[arg-type]
 
     def keys(self, bucket: str) -> dict[str, int]:
-        """Give the keys in a bucket, and the sizes of their objects."""
+        """Return the keys in a bucket, and the sizes of their objects."""
         return {each["path"]: each["size"] for each in obstore.list(self.store(bucket)).collect()}
 
 

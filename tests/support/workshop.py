@@ -114,7 +114,7 @@ class Workshop:
         return self.blobs.path(layer.descriptor.digest)
 
     def names(self, image: BuiltImage) -> list[str]:
-        """Give the names of the store paths in an image, as often as they are there."""
+        """Return the names of the store paths in an image, as often as they are there."""
         return [path[33:] for path in self.base_names(image)]
 
     def base_names(self, image: BuiltImage) -> list[str]:
@@ -129,7 +129,7 @@ class Workshop:
         return sorted(self.folder.glob("builds/*.log"))
 
     def left_over(self) -> list[Path]:
-        """Give the files that a build may have while it runs, and the links for Nix's garbage collector."""
+        """Return the files that a build may have while it runs, and the links for Nix's garbage collector."""
         return [path for path in self.folder.glob("tmp/*/*") if path.name != "lock"]
 
 

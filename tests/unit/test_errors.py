@@ -50,7 +50,7 @@ def test_an_error_tells_a_person_something(kind: type[ChandleryError]) -> None:
 
 
 def drawn(tree: str) -> Iterator[tuple[str, str]]:
-    """Give the pairs of class and parent that a drawn tree has."""
+    """Yield the pairs of class and parent that a drawn tree has."""
     parents: list[str] = []
     for line in tree.splitlines():
         match = re.match(r"((?:│   |    )*(?:├── |└── )?)(\w+Error)\b", line)

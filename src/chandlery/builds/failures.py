@@ -39,7 +39,7 @@ class FailedBuilds:
         self._seconds = seconds
 
     def recent(self, key: str) -> ChandleryError | None:
-        """Give how a build failed, if that was a moment ago."""
+        """Return how a build failed, if that was a moment ago."""
         try:
             record = msgspec.json.decode(self._file(key).read_bytes(), type=_Record)
         except (OSError, msgspec.DecodeError):

@@ -193,7 +193,7 @@ class Pipeline:
     async def _resolve_and_realise(self, job: Job, early: SpeculativePacking) -> Mapping[str, Resolution]:
         """Resolve the packages and build them; what was resolved once may have been collected since."""
         attempt, request = 0, job.recipe.request
-        async with self._stores.nix.beginning() as passage:
+        async with self._stores.nix.beginning() as lock:
             while True:
                 attempt += 1
                 job.build.step("resolve")
@@ -209,7 +209,7 @@ class Pipeline:
                 wanted = sorted({each.store_path for each in resolutions.values()})
                 if await self._stores.nix.protect_known(wanted, job.roots / "known"):
                     return resolutions
-                passage.realising()
+                lock.realising()
                 try:
                     await self._realise(job, resolutions, early)
                 except DerivationMissingError as error:

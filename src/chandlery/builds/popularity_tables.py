@@ -59,7 +59,7 @@ class PopularityTables:
             return self._identities[file]
 
     async def fetch(self, address: Address) -> Popularity:
-        """Give the table that is at an address now, or else the one that was there last.
+        """Return the table that is at an address now, or else the one that was there last.
 
         Raises `DownloadFailedError`, and `ValueError` if what is there is no table and there never was one. A
         file is the operator's own, and is told to be wrong.
@@ -89,7 +89,7 @@ class PopularityTables:
         return table
 
     def table(self, identity: str) -> Popularity:
-        """Give the table that has this identity (none has the empty one); `KeyError` if it isn't kept."""
+        """Return the table that has this identity (none has the empty one); `KeyError` if it isn't kept."""
         if not identity:
             return Popularity()
         with self._lock:

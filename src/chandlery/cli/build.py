@@ -115,7 +115,7 @@ class _Built:
     timings: Sequence[WorkTime] | None
 
     def as_json(self) -> bytes:
-        """Give the contract of one build: the manifest, and place and MD5 (base64) of config and layers.
+        """Return the contract of one build: the manifest, and place and MD5 (base64) of config and layers.
 
         The place is a `path`, or the `url` of an object in a bucket. With timings, these come too.
         """
@@ -132,7 +132,7 @@ class _Built:
         )
 
     def as_text(self) -> str:
-        """Give a summary for people."""
+        """Return a summary for people."""
         size = sum(layer.descriptor.size for layer in self.image.layers)
         return (
             f"{self.reference}\n"
@@ -178,7 +178,7 @@ async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> 
 
 
 async def _store_path(nix: Nix, text: str, roots: Path) -> StorePath:
-    """Give the store path that `--contents` names, or make one of a file or folder."""
+    """Return the store path that `--contents` names, or make one of a file or folder."""
     path = Path(text)
     if path.parent == Path("/nix/store"):
         try:

@@ -133,7 +133,7 @@ def _print_collected(collected: Collected, *, dry_run: bool) -> None:
 
 
 def _as_json(settings: Settings, found: DataFolderStatus | None) -> dict[str, object]:
-    """Give `--json`: sizes in bytes, and little of a folder that isn't there."""
+    """Return `--json`: sizes in bytes, and little of a folder that isn't there."""
     told: dict[str, object] = {
         "data_dir": str(settings.data_dir),
         "exists": found is not None,

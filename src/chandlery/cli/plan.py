@@ -229,7 +229,7 @@ def _read(file: Path) -> bytes:
 
 
 def _needed(image: PlannedImage, group: LayerGroup) -> int:
-    """Give how much the least needed of a layer is needed."""
+    """Return how much the least needed of a layer is needed."""
     names = (known_name(path.name, image.popularity) for path in group.store_paths)
     return min(image.popularity.get(name, 0) for name in names)
 

@@ -154,7 +154,7 @@ def _for_programs(setting: SettingInForce) -> Mapping[str, Any]:
 
 
 def _example() -> Iterator[str]:
-    """Give the lines of a settings file; tables come last, as TOML wants it."""
+    """Yield the lines of a settings file; tables come last, as TOML wants it."""
     defaults = Settings.defaults()
     yield "# The settings of chandlery. Each line that begins with # and a name is a default, or an example."
     for name, field in Settings.model_fields.items():

@@ -107,7 +107,7 @@ def check(name: str, reference: str) -> None:
 
 
 def is_part(text: str) -> bool:
-    """Tell whether something may be a part of an image name."""
+    """Return whether something may be a part of an image name."""
     return re.fullmatch(_PART, text) is not None
 
 

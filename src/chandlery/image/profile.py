@@ -74,7 +74,7 @@ class Profile:
                 raise ValueError(f"environment: {name!r} is no name of a variable")
 
     def over(self, other: Self) -> Self:
-        """Give both profiles as one: lists and tables are joined, and of single values this one's count."""
+        """Return both profiles as one: lists and tables are joined, and of single values this one's count."""
         both: dict[str, Any] = {}
         for each in fields(self):
             mine, others = getattr(self, each.name), getattr(other, each.name)
@@ -101,7 +101,7 @@ class Profile:
         return Account("nonroot" if self.user_and_group == _NAMED_USERS["nonroot"] else "user", uid, gid)
 
     def key_parts(self) -> list[str]:
-        """Give all of it as text, for an image's key."""
+        """Return all of it as text, for an image's key."""
         parts: list[str] = []
         for each in fields(self):
             value = getattr(self, each.name)

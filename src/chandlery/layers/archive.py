@@ -68,7 +68,7 @@ _PAX_NAME = b"PaxHeader"
 
 
 def layer_key(store_paths: Iterable[StorePath], compression: Compression) -> str:
-    """Give the key under which a layer of these store paths is remembered: all that its bytes depend on."""
+    """Return the key under which a layer of these store paths is remembered: all that its bytes depend on."""
     texts = sorted(path.text for path in store_paths)
     return Digest.of_parts([str(ARCHIVE_VERSION), compression.fingerprint, *texts]).hex
 
@@ -85,7 +85,7 @@ def pack_store_paths(
 
 
 def layer_entries(reader: Reader, store_paths: Iterable[StorePath]) -> Iterator[Entry]:
-    """Give what a layer of these store paths holds, in order; their own order doesn't matter."""
+    """Return what a layer of these store paths holds, in order; their own order doesn't matter."""
     return merge([reader.entries(path) for path in sorted(set(store_paths))])
 
 
@@ -143,7 +143,7 @@ def _compressed(blocks: Iterable[bytes], compression: Compression) -> Iterator[b
 
 
 def archive(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """Give the tar of these entries in blocks of `BLOCK_SIZE`; only the last may be smaller.
+    """Yield the tar of these entries in blocks of `BLOCK_SIZE`; only the last may be smaller.
 
     Raises `UnsupportedEntryError` for a file that was changed while it was read, and `ValueError` if the
     entries are not in order.
@@ -184,7 +184,7 @@ class _Cutter:
         self.room -= len(piece)
 
     def blocks(self) -> Iterator[bytes]:
-        """Give the blocks that are whole."""
+        """Yield the blocks that are whole."""
         joined = b"".join(self._pieces)
         whole = len(joined) - len(joined) % BLOCK_SIZE
         for start in range(0, whole, BLOCK_SIZE):
@@ -193,12 +193,12 @@ class _Cutter:
         self.room = BLOCK_SIZE - len(self._pieces[0])
 
     def rest(self) -> Iterator[bytes]:
-        """Give what is no whole block, unless that is nothing."""
+        """Yield what is no whole block, unless that is nothing."""
         yield from filter(None, self._pieces)
 
 
 def _content(entry: Entry, cutter: _Cutter) -> Iterator[bytes]:
-    """Give a file's content; what is read from disk never goes beyond the end of a block."""
+    """Yield a file's content; what is read from disk never goes beyond the end of a block."""
     left = entry.size
     if isinstance(entry.source, bytes):
         yield entry.source
@@ -221,7 +221,7 @@ def _content(entry: Entry, cutter: _Cutter) -> Iterator[bytes]:
 
 
 def _header(entry: Entry) -> bytes:
-    """Give what stands before an entry's content: its ustar header, after a PAX header if it needs one."""
+    """Return what stands before an entry's content: its ustar header, after a PAX header if it needs one."""
     path, kind, mode, uid, gid, size, target, _ = entry
     if kind is EntryKind.DIRECTORY:
         path += b"/"
@@ -265,7 +265,7 @@ def _ustar(
 
 
 def _pax(records: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Give a PAX header (pax(1), "pax Extended Header"): records start with their own length."""
+    """Return a PAX header (pax(1), "pax Extended Header"): records start with their own length."""
     try:
         b"".join(value for _, value in records).decode()
     except UnicodeDecodeError:

@@ -36,7 +36,7 @@ class Compressor(Protocol):
         ...
 
     def flush(self) -> bytes:
-        """Give what is left. Nothing may be fed afterwards."""
+        """Return what is left. Nothing may be fed afterwards."""
         ...
 
 

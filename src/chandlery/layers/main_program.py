@@ -48,7 +48,7 @@ def main_program_of(reader: Reader, closure: Closure, main: MainPackage) -> str 
 def main_program(
     reader: Reader, store_paths: Sequence[StorePath], declared: str | None, package: str
 ) -> str | None:
-    """Give the path, in the image, of the program that an image of one package starts; None if there is none.
+    """Return the path, in the image, of the program that an image of one package starts, or None.
 
     It is the program that the package declares (`meta.mainProgram`), else the one with the package's name,
     else the only one.
@@ -64,7 +64,7 @@ def main_program(
 
 
 def program_named(reader: Reader, store_paths: Iterable[StorePath], name: str) -> str | None:
-    """Give the path, in the image, of a program with this name; only the root layout puts it into PATH."""
+    """Return the path, in the image, of a program with this name; only the root layout puts it into PATH."""
     found = (
         path
         for store_path in store_paths
@@ -76,7 +76,7 @@ def program_named(reader: Reader, store_paths: Iterable[StorePath], name: str) -
 
 
 def _programs(reader: Reader, store_path: StorePath) -> Iterator[str]:
-    """Give the paths that a store path's programs have in an image; nixpkgs hides wrapped ones with a dot."""
+    """Yield the paths of a store path's programs in an image; nixpkgs hides wrapped ones with a dot."""
     for folder in _PROGRAM_FOLDERS[reader.layout(store_path)]:
         found = follow(reader, store_path, folder)
         if found is None:

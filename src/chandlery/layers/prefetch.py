@@ -23,7 +23,7 @@ class _End:
 
 @contextmanager
 def ahead(items: Iterable[T], count: int) -> Iterator[Iterator[T]]:
-    """Give the same items, `count` of which may wait to be taken; what is raised comes when they would.
+    """Return the same items, `count` of which may wait to be taken; what is raised comes when they would.
 
     When the context is left, early or not, the thread has ended.
     """

@@ -69,7 +69,7 @@ def root_filesystem(
     account: Account | None = None,
     extra: Iterable[Entry] = (),
 ) -> list[Entry]:
-    """Give the entries of the last layer, in order, parent directories included.
+    """Return the entries of the last layer, in order, parent directories included.
 
     `uid` and `gid` own all of it but the home of `account`. `roots` are the store paths that were asked for,
     the most wanted first; all of them are in the closure. Raises what `StoreReader` raises.
@@ -94,14 +94,14 @@ def root_filesystem(
 
 
 def owned(entry: Entry, owner: tuple[int, int], account: Account | None) -> Entry:
-    """Give an entry to whom it belongs: user and group of the layer, or the account whose home it is in."""
+    """Return an entry to whom it belongs: user and group of the layer, or the account whose home it is in."""
     if account and f"{os.fsdecode(entry.path)}/".startswith(f"{account.home}/"):
         owner = (account.uid, account.gid)
     return entry._replace(uid=owner[0], gid=owner[1])
 
 
 def _files(account: Account | None) -> Iterator[tuple[bytes, bytes]]:
-    """Give the small files that every image has; an account of its own stands beside root and nobody."""
+    """Return the small files that every image has; an account of its own stands beside root and nobody."""
     lines = {b"etc/passwd": "", b"etc/group": ""}
     if account:
         name, uid, gid = account.name, account.uid, account.gid
@@ -119,7 +119,7 @@ class _RootLayout:
         self._folders: dict[bytes, dict[bytes, StorePath]] = {}
 
     def find(self, path: bytes) -> Entry | None:
-        """Give what stands at a path of the image; None if nothing does."""
+        """Return what stands at a path of the image; None if nothing does."""
         folder, _, name = path.rpartition(b"/")
         if folder not in self._folders:
             self._folders[folder] = {
@@ -143,7 +143,7 @@ class _Tree:
             self.put(Entry.directory(b"usr/" + name))
 
     def normalise(self, path: bytes) -> bytes:
-        """Give the place of a path in the image: with a merged /usr, what is in /bin is in /usr/bin."""
+        """Return the place of a path in the image: with a merged /usr, what is in /bin is in /usr/bin."""
         return b"usr/" + path if path.partition(b"/")[0] in self._merged else path
 
     def put(self, entry: Entry) -> None:
@@ -159,14 +159,14 @@ class _Tree:
         self._parents.update(parents)
 
     def target(self, path: bytes) -> bytes | None:
-        """Give what a link to a file of this layer should lead to: where it leads, if it is a link too."""
+        """Return what a link to a file of this layer should lead to: where it leads, if it is a link too."""
         entry = self._entries.get(self.normalise(path))
         if entry is None or entry.is_directory:
             return None
         return entry.target or b"/" + entry.path
 
     def entries(self) -> list[Entry]:
-        """Give all entries and their parent directories, in order."""
+        """Return all entries and their parent directories, in order."""
         implied = (Entry.directory(path) for path in self._parents - self._entries.keys())
         return sorted([*self._entries.values(), *implied], key=lambda entry: entry.order)
 
@@ -177,13 +177,13 @@ def _parents(path: bytes) -> Iterator[bytes]:
 
 
 def _reachable(tree: _Tree, lower: _RootLayout, path: bytes) -> bytes | None:
-    """Give what a link to a file of the image should lead to; None if there is no such file."""
+    """Return what a link to a file of the image should lead to; None if there is no such file."""
     place = tree.normalise(path)
     return tree.target(path) or (b"/" + place if lower.find(place) else None)
 
 
 def _merged_folders(lower: _RootLayout) -> list[bytes]:
-    """Give the names that are links to their namesakes below /usr in this image.
+    """Return the names that are links to their namesakes below /usr in this image.
 
     A store path that has a directory there, against the custom of its package set, would lose all that is in
     it.

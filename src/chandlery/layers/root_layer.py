@@ -31,7 +31,7 @@ class RootLayerOptions:
     extra_commands: str = ""
 
     def key_parts(self) -> list[str]:
-        """Give all of it as text, for a build's key."""
+        """Return all of it as text, for a build's key."""
         return [str(self.uid), str(self.gid), self.extra_commands, *map(str, self.contents)]
 
 

@@ -93,19 +93,19 @@ class Reader(Protocol):
         ...
 
     def entries(self, store_path: StorePath) -> Iterator[Entry]:
-        """Give everything that the store path adds to an image, in order, parent directories included."""
+        """Return everything that the store path adds to an image, in order, parent directories included."""
         ...
 
     def entry(self, store_path: StorePath, path: bytes) -> Entry | None:
-        """Give what stands at one path; None if nothing does. The empty path is the store path itself."""
+        """Return what stands at one path; None if nothing does. The empty path is the store path itself."""
         ...
 
     def names(self, store_path: StorePath, path: bytes) -> Sequence[bytes]:
-        """Give the sorted names in a directory; none if it isn't a directory."""
+        """Return the sorted names in a directory; none if it isn't a directory."""
         ...
 
     def read(self, store_path: StorePath, path: bytes) -> bytes | None:
-        """Give a whole small file; None if it isn't one."""
+        """Return a whole small file; None if it isn't one."""
         ...
 
 
@@ -148,7 +148,7 @@ class StoreReader:
             ) from None
 
     def entries(self, store_path: StorePath) -> Iterator[Entry]:
-        """Give everything that the store path adds to an image, in order, parent directories included."""
+        """Yield everything that the store path adds to an image, in order, parent directories included."""
         base_name = os.fsencode(store_path.base_name)
         if self.layout(store_path) is Layout.STORE:
             yield Entry.directory(b"nix")
@@ -169,7 +169,7 @@ class StoreReader:
                 yield entry._replace(mode=entry.mode if is_link else mode, uid=uid, gid=gid)
 
     def entry(self, store_path: StorePath, path: bytes) -> Entry | None:
-        """Give what stands at one path, with the modes of the store layout; None if nothing does."""
+        """Return what stands at one path, with the modes of the store layout; None if nothing does."""
         found = self._find(store_path, path)
         if found is None:
             return None
@@ -177,12 +177,12 @@ class StoreReader:
         return _entry(path, status.st_mode, status.st_size, physical, _MODES[Layout.STORE])
 
     def names(self, store_path: StorePath, path: bytes) -> Sequence[bytes]:
-        """Give the sorted names in a directory; none if it isn't a directory."""
+        """Return the sorted names in a directory; none if it isn't a directory."""
         found = self._find(store_path, path)
         return sorted(os.listdir(found[0])) if found and stat.S_ISDIR(found[1].st_mode) else ()
 
     def read(self, store_path: StorePath, path: bytes) -> bytes | None:
-        """Give a whole small file; None if it isn't one."""
+        """Return a whole small file; None if it isn't one."""
         found = self._find(store_path, path)
         if found is None or not stat.S_ISREG(found[1].st_mode):
             return None
@@ -206,7 +206,7 @@ class StoreReader:
         return whole, status
 
     def _walk(self, base_name: bytes, archived: bytes, modes: _Modes) -> Iterator[Entry]:
-        """Give what is at and below a store path, as paths that start with `archived`.
+        """Yield what is at and below a store path, as paths that start with `archived`.
 
         The root of the image (an empty path) is not an entry. A stack, not recursion: trees may be deep.
         """
@@ -258,7 +258,7 @@ def join(folder: bytes, name: bytes) -> bytes:
 
 
 def follow(reader: Reader, store_path: StorePath, path: bytes) -> tuple[StorePath, bytes] | None:
-    """Give where a path leads when links inside the Nix store are followed, as a container would.
+    """Return where a path leads when links inside the Nix store are followed, as a container would.
 
     None if it leads to nothing, or out of the store.
     """
@@ -287,7 +287,7 @@ def follow(reader: Reader, store_path: StorePath, path: bytes) -> tuple[StorePat
 
 
 def _find(reader: Reader, parts: Sequence[bytes]) -> Entry | None:
-    """Give what stands at a path below /nix/store; None also if its first part can't be a store path."""
+    """Return what stands at a path below /nix/store; None also if its first part can't be a store path."""
     try:
         return reader.entry(_store_path(parts[0]), b"/".join(parts[1:]))
     except ValueError:
@@ -299,7 +299,7 @@ def _store_path(base_name: bytes) -> StorePath:
 
 
 def _children(folder: bytes) -> "list[os.DirEntry[bytes]]":
-    """Give a folder's entries, last name first."""
+    """Return a folder's entries, last name first."""
     with os.scandir(folder) as found:
         return sorted(found, key=_name, reverse=True)
 

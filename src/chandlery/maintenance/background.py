@@ -86,7 +86,7 @@ async def in_background(work: Work) -> AsyncIterator[None]:
 
 
 def _scrub_rate(settings: Settings, blobs: BlobStore) -> int:
-    """Give how many bytes per second are checked; of a bucket none, unless somebody wants to pay for it."""
+    """Return how many bytes per second are checked; of a bucket none, unless somebody wants to pay for it."""
     return settings.scrub_rate if blobs.on_this_disk or "scrub_rate" in settings.model_fields_set else 0
 
 

@@ -63,7 +63,7 @@ class DiskLimits:
 
 
 def use_interval(grace: float) -> float:
-    """Tell how often the use of an image has to be written, in seconds, lest one in use looks unused."""
+    """Return how often the use of an image has to be written, in seconds, lest one in use looks unused."""
     return min(_USE_INTERVAL, _USE_SHARE * grace)
 
 
@@ -201,7 +201,7 @@ class GarbageCollector:
         return len(unneeded)
 
     async def _nix_sizes(self) -> Mapping[str, int]:
-        """Give the sizes of what may be collected of Nix's store: nothing is, if it is the machine's."""
+        """Return the sizes of what may be collected of Nix's store: nothing is, if it is the machine's."""
         return await self._nix.sizes() if self._nix.owns_store else {}
 
 

@@ -123,7 +123,7 @@ class RepairedBlobs:
         self.in_doubt.discard(digest)
 
     async def _in_use(self, digest: Digest) -> RecordedBlob | None:
-        """Give what the index knows of a blob, and note that an image is in use."""
+        """Return what the index knows of a blob, and note that an image is in use."""
         seen_at, recorded = self._recent.get(digest, (0.0, None))
         if recorded is not None and time.monotonic() - seen_at < self._use_interval:
             return recorded
@@ -138,7 +138,7 @@ class RepairedBlobs:
         return recorded
 
     async def _sound(self, digest: Digest, recorded: RecordedBlob | None) -> BlobInfo | None:
-        """Give what is known of a blob; one that is damaged is removed."""
+        """Return what is known of a blob; one that is damaged is removed."""
         info = await self._blobs.stat(digest)
         if info is None:
             self.in_doubt.discard(digest)

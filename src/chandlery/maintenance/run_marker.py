@@ -25,7 +25,7 @@ class RunMarker:
         self._file = folder / "running"
 
     def is_held(self) -> bool:
-        """Tell whether a server runs; what the file says is left as it is."""
+        """Return whether a server runs; what the file says is left as it is."""
         try:
             return is_locked(self._file)
         except FileNotFoundError:
@@ -56,7 +56,7 @@ class RunMarker:
         os.close(self._lock)
 
     def _in_doubt_since(self) -> float | None:
-        """Give what the file says, in seconds since the epoch; None if nothing is in doubt."""
+        """Return what the file says, in seconds since the epoch; None if nothing is in doubt."""
         content = os.pread(self._lock, _LONGEST_TIME, 0)
         try:
             return float(content) if content else None

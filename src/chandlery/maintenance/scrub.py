@@ -47,7 +47,7 @@ class Finding:
 
 
 async def written_since(blobs: BlobStore, since: float) -> set[Digest]:
-    """Give the blobs that were written since a time, in seconds since the epoch."""
+    """Return the blobs that were written since a time, in seconds since the epoch."""
     inventory = await blobs.inventory()
     return {digest for digest, info in inventory.items() if info.written_at > since - _CLOCK_STEP}
 
@@ -105,7 +105,7 @@ class Scrub:
             await asyncio.sleep(max(0.0, began + interval - time.monotonic()))
 
     async def _images_by_blob(self) -> dict[Digest, str]:
-        """Give for every blob that is needed the name of an image that needs it."""
+        """Return for every blob that is needed the name of an image that needs it."""
         images: dict[Digest, str] = {}
         for image in await self._index.least_recently_used():
             for digest in await self._index.blobs_of(image.key):

@@ -64,7 +64,7 @@ class DataFolderStatus(msgspec.Struct, frozen=True):
         return sum(part.bytes for part in self.parts)
 
     def part(self, name: str) -> Part:
-        """Give the part of this name."""
+        """Return the part of this name."""
         return next(part for part in self.parts if part.name == name)
 
 
@@ -107,7 +107,7 @@ class _Survey:
         self.unreadable = 0
 
     def measure(self, part: str, places: Iterable[Path]) -> tuple[int, int]:
-        """Give bytes on the disk and number of the files in some places that were not counted before."""
+        """Return bytes on the disk and number of the files in some places that were not counted before."""
         total = number = 0
         waiting = list(places)
         while waiting:
@@ -132,7 +132,7 @@ class _Survey:
 
 
 def _store_paths(folder: Path) -> Iterator[Path]:
-    """Give the store paths of Chandlery's own Nix store, without derivations and locks."""
+    """Yield the store paths of Chandlery's own Nix store, without derivations and locks."""
     for path in _listed(folder / _NIX_STORE):
         if not path.name.startswith(".") and path.suffix not in (".drv", ".lock", ".chroot"):
             yield path

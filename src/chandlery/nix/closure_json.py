@@ -54,7 +54,7 @@ def parse_closure(content: bytes) -> Closure:
 
 
 def _paths(decoded: Any) -> Iterator[tuple[str, _Path]]:
-    """Give store paths from a list of objects, an object of objects, or the lists within an object."""
+    """Yield store paths from a list of objects, an object of objects, or the lists within an object."""
     if isinstance(decoded, list):
         for each in msgspec.convert(decoded, list[_Path]):
             yield each.path, each
@@ -67,7 +67,7 @@ def _paths(decoded: Any) -> Iterator[tuple[str, _Path]]:
 
 
 def _named_roots(decoded: Any) -> list[str]:
-    """Give what `exportReferencesGraph` was made of: {"exportReferencesGraph": {NAME: [STORE PATH]}}."""
+    """Return what `exportReferencesGraph` was made of: {"exportReferencesGraph": {NAME: [STORE PATH]}}."""
     if not isinstance(decoded, dict) or "exportReferencesGraph" not in decoded:
         return []
     graphs = msgspec.convert(decoded["exportReferencesGraph"], dict[str, str | list[str]])

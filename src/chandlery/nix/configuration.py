@@ -72,7 +72,7 @@ class Purpose(Enum):
 
 
 def host_paths() -> list[str]:
-    """Give what builders of Chandlery's own find of this machine."""
+    """Return what builders of Chandlery's own find of this machine."""
     return [path for path in _HOST_PATHS if Path(path).exists()]
 
 
@@ -85,7 +85,7 @@ class NixConfiguration:
     options: NixOptions
 
     def environment(self, purpose: Purpose) -> dict[str, str]:
-        """Give the environment of a call."""
+        """Return the environment of a call."""
         environment = self._passed_on(purpose)
         environment |= {"LC_ALL": "C.UTF-8", "GIT_TERMINAL_PROMPT": "0"}
         if self.folder is not None:
@@ -98,7 +98,7 @@ class NixConfiguration:
         return environment
 
     def _passed_on(self, purpose: Purpose) -> dict[str, str]:
-        """Give what Nix gets of this process's environment.
+        """Return what Nix gets of this process's environment.
 
         A package set can read it: by `impureEnvVars` of a derivation, through git, through what Nix caches.
         """
@@ -118,7 +118,7 @@ class NixConfiguration:
         return environment
 
     def _settings(self) -> dict[str, str]:
-        """Give what is the same for all calls."""
+        """Return what is the same for all calls."""
         settings = {
             "experimental-features": "nix-command",
             "sandbox": "true",
@@ -164,7 +164,7 @@ class NixConfiguration:
 
 
 def _own_folders() -> dict[str, str]:
-    """Give where the machine's Nix keeps this user's configuration and cache, wherever HOME is."""
+    """Return where the machine's Nix keeps this user's configuration and cache, wherever HOME is."""
     home = Path.home()
     return {
         "XDG_CONFIG_HOME": os.environ.get("XDG_CONFIG_HOME") or str(home / ".config"),

@@ -51,12 +51,12 @@ class NixDatabase:
         self._folder = folder / "nix/var/nix/db"
 
     def valid(self, paths: Iterable[str]) -> set[str]:
-        """Give those of some store paths that are there, with all that they need."""
+        """Return those of some store paths that are there, with all that they need."""
         with self._opened() as database:
             return {path for (path,) in database.execute(_VALID, (_json(paths),))}
 
     def closure(self, roots: Iterable[StorePath]) -> Closure:
-        """Give the closure of those of some store paths that are there."""
+        """Return the closure of those of some store paths that are there."""
         wanted = set(roots)
         names = _json(path.text for path in wanted)
         with self._opened() as database:
@@ -74,7 +74,7 @@ class NixDatabase:
         )
 
     def made_by(self, derivations: Iterable[str]) -> tuple[Closure, frozenset[StorePath]]:
-        """Give all that derivations, and those that they need, make or will make, and what of it is there.
+        """Return all that derivations, and those that they need, make or will make, and what of it is there.
 
         The size of what isn't there is 0. What derivations fetch is left out.
         """

@@ -55,7 +55,7 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def found(self) -> bool:
-        """Tell whether there is a derivation."""
+        """Return whether there is a derivation."""
         return self.status == "found"
 
     @property
@@ -65,11 +65,11 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_limit(self) -> bool:
-        """Tell whether a limit was reached, which depends on what else was asked for at once."""
+        """Return whether a limit was reached, which depends on what else was asked for at once."""
         return self.status in (EvaluationTimeoutError.reason, EvaluationMemoryError.reason)
 
     def checked(self) -> "Resolution":
-        """Give this if its paths are what they should be; a package set may claim anything.
+        """Return this if its paths are what they should be; a package set may claim anything.
 
         What is no derivation in the store would be read as an expression, with no restriction.
         """
@@ -80,7 +80,7 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def failed(message: str, reason: str = EvaluationFailedError.reason) -> Resolution:
-    """Give the answer of something that can't be evaluated."""
+    """Return the answer of something that can't be evaluated."""
     return Resolution(status=reason, message=message)
 
 
@@ -105,7 +105,7 @@ class PackageSet:
         self._readable: dict[str, str] = {"chandlery": str(EXPRESSIONS)} | files | readable
 
     def arguments(self, expression: str, about: Mapping[str, Any]) -> list[str]:
-        """Give the arguments of `nix-instantiate` for an expression of Chandlery's own about this set."""
+        """Return the arguments of `nix-instantiate` for an expression of Chandlery's own about this set."""
         request = {"source": self._described, "system": self._system, "hostPaths": host_paths(), **about}
         argument = ["--argstr", "request", msgspec.json.encode(request).decode()]
         if self.purpose is Purpose.PURELY_EVALUATE:
@@ -114,7 +114,7 @@ class PackageSet:
         return [str(EXPRESSIONS / expression), *allowed, *argument]
 
     def shortened(self, message: str) -> str:
-        """Give a message without the folder of this machine in which the package set is."""
+        """Return a message without the folder of this machine in which the package set is."""
         tree = self._readable.get("tree")
         return message.replace(f"{tree}/", "") if tree else message
 
@@ -142,7 +142,7 @@ class Evaluator:
     limit: float
 
     async def resolve(self, packages: PackageSet, attribute_paths: Sequence[str]) -> dict[str, Resolution]:
-        """Give an answer for each. What took the time or memory that others left is tried again, alone."""
+        """Return an answer for each. What took the time or memory that others left is tried again, alone."""
         left = _PATIENCE * self.limit
         answers: dict[str, Resolution] = {}
         suspects: dict[str, Resolution] = {}
@@ -232,7 +232,7 @@ def _resolved(path: str) -> str:
 
 
 def _alone(name: str) -> str:
-    """Give an expression together with the two that it imports."""
+    """Return an expression together with the two that it imports."""
     expression, look_up, package_set = (
         (EXPRESSIONS / each).read_text() for each in (name, "look_up.nix", "package_set.nix")
     )

@@ -47,7 +47,7 @@ from chandlery.nix.output import (
 )
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.nix.process import Result, StoppedError, run
-from chandlery.nix.store_lock import Passage, StoreGate
+from chandlery.nix.store_lock import Reader, StoreLock
 from chandlery.telemetry.build_timings import Timings
 
 __all__ = ["EXPRESSIONS", "LockedFlake", "Nix", "NixLimits", "NixOptions", "Resolution"]
@@ -71,8 +71,8 @@ class Nix:
         self._limits = limits
         self._configuration = NixConfiguration(folder, limits, options or NixOptions())
         self._database = NixDatabase(folder) if folder else None
-        # Whoever collects garbage of the machine's store knows of no gate.
-        self._gate = StoreGate(folder, limits.begun_after) if folder else None
+        # Collectors of the machine's store know of no lock of ours.
+        self._lock = StoreLock(folder, limits.begun_after) if folder else None
 
     @property
     def store_root(self) -> Path:
@@ -114,7 +114,7 @@ class Nix:
         return await evaluator.resolve(PackageSet(source, system), attribute_paths)
 
     async def attribute_names(self, source: PinnedSource, system: str, parent: Sequence[str]) -> list[str]:
-        """Give the names that a package set offers below an attribute path; none where that fails."""
+        """Return the names that a package set offers below an attribute path; none where that fails."""
         packages = PackageSet(source, system)
         timeout = min(_NAMES_TIMEOUT, self._limits.evaluation_timeout)
         names = await self._evaluate(packages, "attribute_names.nix", {"parent": list(parent)}, timeout)
@@ -209,7 +209,7 @@ class Nix:
             raise build_error(text, derivations)
 
     async def closure(self, roots: Iterable[StorePath]) -> Closure:
-        """Give the closure of store paths that are there."""
+        """Return the closure of store paths that are there."""
         wanted = tuple(sorted(set(roots)))
         known = await self.known_closure(wanted)
         if known is not None and known.roots == wanted:
@@ -240,7 +240,7 @@ class Nix:
         )
 
     async def known_closure(self, roots: Sequence[StorePath]) -> Closure | None:
-        """Give the closure of those of some store paths that are there, which may be none.
+        """Return the closure of those of some store paths that are there, which may be none.
 
         It is None where only Nix itself can tell.
         """
@@ -261,7 +261,7 @@ class Nix:
         return valid is not None and valid >= set(texts)
 
     async def made_by(self, derivations: Sequence[str]) -> tuple[Closure, frozenset[StorePath]] | None:
-        """Give what derivations and those that they need will make; see `NixDatabase`.
+        """Return what derivations and those that they need will make; see `NixDatabase`.
 
         It is None where only Nix itself can tell.
         """
@@ -295,11 +295,11 @@ class Nix:
 
     @property
     def owns_store(self) -> bool:
-        """Tell whether the store is Chandlery's own: of the machine's, others decide what is garbage."""
+        """Return whether the store is Chandlery's own: of the machine's, others decide what is garbage."""
         return self._folder is not None
 
     async def sizes(self) -> dict[str, int]:
-        """Give the nar size of every store path."""
+        """Return the nar size of every store path."""
         listed = await self._run(
             "nix", "path-info", "--all", "--size", timeout=self._limits.evaluation_timeout
         )
@@ -307,7 +307,7 @@ class Nix:
         return {path: int(size) for path, size in lines}
 
     async def garbage(self) -> list[str]:
-        """Give the store paths that nothing protects: no link in a folder of roots, no running Nix."""
+        """Return the store paths that nothing protects: no link in a folder of roots, no running Nix."""
         listed = await self._run("nix-store", "--gc", "--print-dead", timeout=self._limits.build_timeout)
         return [line for line in listed.stdout.splitlines() if line.startswith("/")]
 
@@ -316,18 +316,18 @@ class Nix:
 
         Of builds that are `beginning`, those here already are waited for, and others wait.
         """
-        if self._gate is None:
+        if self._lock is None:
             raise NixError("what is garbage in the machine's store is not Chandlery's to say")
         limit = str(at_most)
-        async with self._gate.collecting():
+        async with self._lock.collecting():
             await self._run("nix-store", "--gc", "--max-freed", limit, timeout=self._limits.build_timeout)
 
-    def beginning(self) -> AbstractAsyncContextManager[Passage]:
+    def beginning(self) -> AbstractAsyncContextManager[Reader]:
         """Keep `collect_garbage` away while a build looks what is there, and begins; see `nix.store_lock`."""
-        return self._gate.beginning() if self._gate else nullcontext(Passage())
+        return self._lock.beginning() if self._lock else nullcontext(Reader())
 
     async def instantiate(self, expression: str, arguments: Mapping[str, str], roots: Path) -> str:
-        """Give the derivation of an expression of Chandlery's own, called with strings.
+        """Return the derivation of an expression of Chandlery's own, called with strings.
 
         It is protected like what `realise` builds, and with it all that it is built from.
         """
@@ -387,7 +387,7 @@ class Nix:
         return result
 
     def _is_full(self, stderr: str) -> bool:
-        """Tell whether it is the disk that a program failed for."""
+        """Return whether it is the disk that a program failed for."""
         if says_disk_full(stderr):
             return True
         # What SQLite says of a full disk isn't always that.
@@ -395,7 +395,7 @@ class Nix:
 
 
 def _arguments(arguments: Mapping[str, str]) -> list[str]:
-    """Give the arguments of Nix for an expression of Chandlery's own that builds something."""
+    """Return the arguments of Nix for an expression of Chandlery's own that builds something."""
     described = {**arguments, "hostPaths": msgspec.json.encode(host_paths()).decode()}
     return [word for name, value in described.items() for word in ("--argstr", name, value)]
 

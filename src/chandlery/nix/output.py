@@ -166,12 +166,12 @@ def archived_sources(archive: Mapping[str, Any]) -> Iterator[str]:
 
 
 def says_outdated(output: str) -> bool:
-    """Tell whether Nix could not reach something, and went on with what it had."""
+    """Return whether Nix could not reach something, and went on with what it had."""
     return _OUTDATED.search(output) is not None
 
 
 def log_tail(output: str) -> list[str]:
-    """Give the last lines that builders wrote, without what Nix says around them."""
+    """Return the last lines that builders wrote, without what Nix says around them."""
     lines = (line for line in output.splitlines() if line.strip() and not _NIX_LINE.match(line))
     return list(deque(lines, maxlen=LOG_TAIL))
 
@@ -182,7 +182,7 @@ def package_name(derivation: str) -> str:
 
 
 def last_error(stderr: str) -> str:
-    """Give the reason in Nix's output, without the places in the expressions that led there."""
+    """Return the reason in Nix's output, without the places in the expressions that led there."""
     if "error: " not in stderr:
         return " ".join(stderr.split()[-_LAST_WORDS:]) or "no reason given"
     after = stderr.rpartition("error: ")[2]
@@ -200,10 +200,10 @@ def last_error(stderr: str) -> str:
 
 
 def says_disk_full(output: str) -> bool:
-    """Tell whether Nix says that there is no space left."""
+    """Return whether Nix says that there is no space left."""
     return _DISK_FULL.search(output) is not None
 
 
 def says_derivation_missing(output: str) -> bool:
-    """Tell whether Nix misses something that was in its store before."""
+    """Return whether Nix misses something that was in its store before."""
     return _MISSING_DERIVATION.search(output) is not None

@@ -61,7 +61,7 @@ class PinnedSource:
 
     @property
     def key_parts(self) -> tuple[str, str, str, str]:
-        """Give what the package set depends on."""
+        """Return what the package set depends on."""
         return self.kind, self.location, self.revision, self.variant
 
     @property
@@ -78,7 +78,7 @@ class PinnedSource:
         return self.location if "://" in self.location else f"{self.kind}!{self.location}"
 
     def to_nix(self) -> dict[str, Any]:
-        """Give the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
+        """Return the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
         if self.nix is None:
             raise RevisionGoneError(self.text, self.tag)
         return {"kind": self.kind, "location": self.location, **self.nix}

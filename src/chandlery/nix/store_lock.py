@@ -1,11 +1,12 @@
-"""Keeps Nix's garbage collector apart from builds that begin.
+"""A readers-writer lock of one Nix store: it keeps Nix's garbage collector apart from builds that begin.
 
 A build notes path by path what it finds in the store and needs. A collector that is just running learns of
 it, but Nix 2.8's may have decided about a path by then, and deletes it all the same: builds have been seen to
-lose what they had found. A build that has noted everything is safe, however long it takes. So builds pass
-a gate while they begin, any number at once; a collector waits until all have passed, and lets none in.
+lose what they had found. A build that has noted everything is safe, however long it takes. So builds hold the
+lock while they begin, as readers, any number at once; a collector is a writer: it waits until none holds it,
+and lets none in meanwhile.
 
-    gate/         locked by a collector, and for a moment by who wants in: so a collector has its turn
+    gate/         locked by a collector, and for a moment by a build that begins: so a collector has its turn
     gate/inside/  locked by builds that begin, together, or by a collector, alone
 """
 
@@ -18,33 +19,33 @@ from chandlery.machine.disk_errors import storage_errors
 from chandlery.machine.locks import holding
 
 
-class Passage:
-    """A build that begins; it has the gate until it ends, or for a while after `realising`."""
+class Reader:
+    """A build that begins; it holds the lock until it ends, or for a while after `realising`."""
 
     def __init__(self, begun_after: float = 0.0) -> None:
-        self.inside = AsyncExitStack()  # what is locked meanwhile
+        self.held = AsyncExitStack()  # what is locked meanwhile
         self._begun_after = begun_after
-        self._ending: asyncio.Task[None] | None = None
+        self._releasing: asyncio.Task[None] | None = None
 
     def realising(self) -> None:
-        """Give the gate free after the time in which Nix notes all that the build needs."""
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
+        """Release the lock after the time in which Nix notes all that the build needs."""
+        if self._releasing is None:
+            self._releasing = asyncio.create_task(self._release_later())
 
-    async def _end(self) -> None:
+    async def release(self) -> None:
+        """Release the lock; once is enough."""
+        if self._releasing is not None:
+            self._releasing.cancel()
+            await asyncio.gather(self._releasing, return_exceptions=True)
+        await self.held.aclose()
+
+    async def _release_later(self) -> None:
         await asyncio.sleep(self._begun_after)
-        await self.inside.aclose()
-
-    async def end(self) -> None:
-        """Give the gate free."""
-        if self._ending is not None:
-            self._ending.cancel()
-            await asyncio.gather(self._ending, return_exceptions=True)
-        await self.inside.aclose()
+        await self.held.aclose()
 
 
-class StoreGate:
-    """The gate of one Nix store, for all processes that use it; it stands in `folder`.
+class StoreLock:
+    """The lock of one Nix store, for all processes that use it; its files stand in `folder`.
 
     A build has begun when Nix has been building it for `begun_after` seconds.
     """
@@ -55,16 +56,16 @@ class StoreGate:
         self._inside = self._gate / "inside"
 
     @asynccontextmanager
-    async def beginning(self) -> AsyncIterator[Passage]:
+    async def beginning(self) -> AsyncIterator[Reader]:
         """Keep collectors out while a build begins, at the latest until the body ends."""
         self._make()
-        passage = Passage(self._begun_after)
+        reader = Reader(self._begun_after)
         async with holding(self._gate):
-            await passage.inside.enter_async_context(holding(self._inside, shared=True))
+            await reader.held.enter_async_context(holding(self._inside, shared=True))
         try:
-            yield passage
+            yield reader
         finally:
-            await passage.end()
+            await reader.release()
 
     @asynccontextmanager
     async def collecting(self) -> AsyncIterator[None]:

@@ -30,12 +30,12 @@ class Digest:
 
     @classmethod
     def of(cls, content: bytes) -> Self:
-        """Give the digest of some bytes."""
+        """Return the digest of some bytes."""
         return cls(hashlib.sha256(content).hexdigest())
 
     @classmethod
     def of_parts(cls, parts: Iterable[str]) -> Self:
-        """Give the digest of a list of texts, so that no two different lists agree.
+        """Return the digest of a list of texts, so that no two different lists agree.
 
         Each part is preceded by its length: `["ab", "c"]` and `["a", "bc"]` differ.
         """

@@ -62,7 +62,7 @@ class Platform:
 
     @classmethod
     def of_host(cls) -> Self:
-        """Give the platform that this machine runs."""
+        """Return the platform that this machine runs."""
         machine = platform.machine()
         return cls("linux", {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine))
 
@@ -89,7 +89,7 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the descriptor as a manifest holds it."""
+        """Return the descriptor as a manifest holds it."""
         described: dict[str, Any] = {
             "mediaType": self.media_type,
             "digest": str(self.digest),
@@ -156,7 +156,7 @@ def image_config(
     layers: Sequence[tuple[PackedLayer, str]],
     container: ContainerConfig,
 ) -> bytes:
-    """Give an image's config (image-spec, config.md); each layer comes with the text for its history.
+    """Return an image's config (image-spec, config.md); each layer comes with the text for its history.
 
     `history` has an entry per layer, because tools that build on top of an image count them.
     """
@@ -178,7 +178,7 @@ def image_manifest(
     layers: Sequence[Descriptor],
     annotations: Mapping[str, str],
 ) -> bytes:
-    """Give an image's manifest (image-spec, manifest.md, or Docker's image manifest v2, schema 2).
+    """Return an image's manifest (image-spec, manifest.md, or Docker's image manifest v2, schema 2).
 
     `layers` have OCI media types. Docker's manifest has no annotations, and no media type for zstd: there the
     layers keep OCI's, as Docker itself writes them.
@@ -205,7 +205,7 @@ def image_manifest(
 
 
 def image_index(manifest_format: ManifestFormat, manifests: Sequence[tuple[Platform, Descriptor]]) -> bytes:
-    """Give an index of one image for several platforms.
+    """Return an index of one image for several platforms.
 
     It is that of image-spec (image-index.md), or Docker's manifest list.
     """

@@ -42,7 +42,7 @@ def write(
 def _files(
     image: BuiltImage, target: Platform, reference: str, blobs: Mapping[Digest, Path]
 ) -> Iterator[tuple[str, bytes | Path]]:
-    """Give the files of an OCI image layout (image-spec, image-layout.md), and Docker's `manifest.json`."""
+    """Yield the files of an OCI image layout (image-spec, image-layout.md), and Docker's `manifest.json`."""
     manifest = image.manifests[ManifestFormat.OCI]
     tag = reference.rpartition(":")[2]
     described = {

@@ -42,7 +42,7 @@ def grouped(closure: Closure, popularity: Mapping[str, int], budget: int) -> tup
     }
 
     def need(unit: list[ClosureNode]) -> int:
-        """Give log2 of how much the least needed is needed, in whole numbers."""
+        """Return log2 of how much the least needed is needed, in whole numbers."""
         return min(needed[node.path] for node in unit).bit_length()
 
     def worth(unit: list[ClosureNode]) -> tuple[int, list[StorePath]]:

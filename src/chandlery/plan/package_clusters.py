@@ -217,7 +217,7 @@ class _Groups:
 
 
 def _drawn(graph: PackageGraph, images: int, always: frozenset[str], often: frozenset[str]) -> list[int]:
-    """Give, as bits, the images that each package was drawn for: a few of all, by its name's hash."""
+    """Return, as bits, the images that each package was drawn for: a few of all, by its name's hash."""
     every = (1 << images) - 1
     half = every // 3
     mean = _PACKAGES * images / len(graph)

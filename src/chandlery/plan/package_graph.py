@@ -66,15 +66,15 @@ class PackageGraph:
         return len(self.names)
 
     def closure(self, roots: Iterable[int]) -> set[int]:
-        """Give all that some packages need, with themselves."""
+        """Return all that some packages need, with themselves."""
         return _reached(self.references, roots)
 
     def dependants(self, packages: Iterable[int]) -> set[int]:
-        """Give all that needs some packages, with themselves."""
+        """Return all that needs some packages, with themselves."""
         return _reached(self.referrers(), packages)
 
     def referrers(self) -> list[list[int]]:
-        """Give what refers to each package."""
+        """Return what refers to each package."""
         found: list[list[int]] = [[] for _ in self.names]
         for package, references in enumerate(self.references):
             for reference in references:

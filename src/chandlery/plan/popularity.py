@@ -62,7 +62,7 @@ class Popularity(Mapping[str, int]):
         return cls(file.counts, groups, file.source)
 
     def encode(self) -> bytes:
-        """Give the file; the same table always gives the same bytes."""
+        """Return the file; the same table always gives the same bytes."""
         groups: dict[str, list[str]] = {}
         for name in sorted(self.groups):
             groups.setdefault(self.groups[name], []).append(name)
@@ -92,18 +92,18 @@ class Popularity(Mapping[str, int]):
 
 
 def package_name(store_name: str) -> str:
-    """Give a store path's name without the version: `git` for `git-2.39.5`."""
+    """Return a store path's name without the version: `git` for `git-2.39.5`."""
     return _DIGIT.split(store_name, maxsplit=1)[0]
 
 
 def output_name(store_name: str) -> str:
-    """Give the name without the version, but with the output: `glibc-bin` for `glibc-2.38-27-bin`."""
+    """Return the name without the version, but with the output: `glibc-bin` for `glibc-2.38-27-bin`."""
     output = _OUTPUT.search(store_name)
     return package_name(store_name) + (f"-{output[1]}" if output else "")
 
 
 def known_name(store_name: str, popularity: Mapping[str, int]) -> str:
-    """Give the name under which a table knows a store path; without a table, the name without the version.
+    """Return the name under which a table knows a store path; without a table, the name without the version.
 
     Names may have digits: of `gcc-12-base-12.2.0` the longest beginning counts that the table has.
     """

@@ -98,7 +98,7 @@ class ImageSource(Protocol):
         ...
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:
-        """Tell whether an image of this name was made that needs a blob, at whatever revision."""
+        """Return whether an image of this name was made that needs a blob, at whatever revision."""
         ...
 
     @property
@@ -107,7 +107,7 @@ class ImageSource(Protocol):
         ...
 
     async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
-        """Tell whether `pull` would give the same now, and with `whole` that all of its blobs are there.
+        """Return whether `pull` would give the same now, and with `whole` that all of its blobs are there.
 
         It builds nothing, and may raise any `ChandleryError`.
         """
@@ -166,7 +166,7 @@ register_url_convertor("rest", _RestConvertor())
 def routes(
     images: ImageSource, blobs: ServedBlobs, name_prefixes: NamePrefixes, access: Access = _DEFAULT_ACCESS
 ) -> list[Route]:
-    """Give the routes of /v2; `name_prefixes` is that of image names."""
+    """Return the routes of /v2; `name_prefixes` is that of image names."""
     api = _RegistryAPI(images, blobs, name_prefixes, access)
     endpoint = partial(Endpoint, access.control)
     accounts = access.control.accounts if access.control else None
@@ -211,7 +211,7 @@ class _RegistryAPI:
         return Response(b"{}", media_type="application/json")
 
     async def blob(self, request: Request) -> Response:
-        """Give a blob or ranges of it (end-2)."""
+        """Return a blob or ranges of it (end-2)."""
         deadline = Deadline.after(self._access.wait.hold)
         wanted = await self._image_request(request)
         digest = Digest.parse(request.path_params["digest"])
@@ -356,7 +356,7 @@ class _RegistryAPI:
         return wanted
 
     async def _may_have(self, wanted: ImageRequest, digest: Digest) -> bool:
-        """Tell whether who may have an image may have a blob, if not everybody may have everything."""
+        """Return whether who may have an image may have a blob, if not everybody may have everything."""
         control = self._access.control
         return control is None or not control.restricts or await self._images.needs(wanted, digest)
 
@@ -386,7 +386,7 @@ class _RegistryAPI:
         raise ReferenceNotFoundError(name, str(digest), "pull a tag of this image, which builds it")
 
     async def _read(self, digest: Digest) -> bytes:
-        """Give a manifest that is there; damaged ones aren't kept in memory."""
+        """Return a manifest that is there; damaged ones aren't kept in memory."""
         content = self._contents.get(digest)
         if content is None:
             content = await content_of(self._blobs, digest)
@@ -416,7 +416,7 @@ class _RegistryAPI:
 
 
 def _page(tags: Iterable[str], n: str | None, last: str | None) -> tuple[list[str], bool]:
-    """Give the tags after `last`, at most `n` of them, and whether more follow."""
+    """Return the tags after `last`, at most `n` of them, and whether more follow."""
     # "The tags MUST be in lexical or 'ASCIIbetical' order" (distribution-spec); 1.1.0 and before had no
     # regard to case, but the conformance tests have.
     after = sorted(tag for tag in set(tags) if last is None or tag > last)
@@ -429,7 +429,7 @@ def _page(tags: Iterable[str], n: str | None, last: str | None) -> tuple[list[st
 
 
 def _ranges(request: Request, digest: Digest, size: int) -> Sequence[ByteRange]:
-    """Give the ranges of a blob that the request is for; none means all of it."""
+    """Return the ranges of a blob that the request is for; none means all of it."""
     # Range means something with GET only (RFC 9110, section 14.2).
     if request.method != "GET":
         return ()
@@ -455,7 +455,7 @@ def _pull_headers(pulled: Pulled) -> dict[str, str]:
 
 
 def _may_be_sent_on(request: Request, ranges: Sequence[ByteRange]) -> bool:
-    """Tell whether another server, with entity tags of its own, would give the same answer."""
+    """Return whether another server, with entity tags of its own, would give the same answer."""
     tags_count = "if-match" in request.headers or "if-range" in request.headers
     return request.method == "GET" and len(ranges) <= 1 and not tags_count
 

@@ -39,7 +39,7 @@ from chandlery.errors import (
     UnsupportedEntryError,
     UnsupportedSystemError,
 )
-from chandlery.registry import response_cache as prepared_answers
+from chandlery.registry import response_cache
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -111,7 +111,7 @@ class Endpoint:
         response.headers["docker-distribution-api-version"] = "registry/2.0"
         if request.method == "HEAD":
             response.body = b""  # its headers, Content-Length too, stay those of GET
-        prepared_answers.keep(scope, response)
+        response_cache.keep(scope, response)
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:
@@ -155,7 +155,7 @@ def error_response(
     detail: Mapping[str, Any],
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Give an OCI error body (distribution-spec, "Error Codes").
+    """Return an OCI error body (distribution-spec, "Error Codes").
 
     The detail is the data of the error, and the id by which the request is found in the log.
     """

@@ -54,23 +54,23 @@ def accepted_formats(accept: Iterable[str]) -> Accepted:
 
 
 def entity_tag(digest: Digest) -> str:
-    """Give the ETag of some content (section 8.8.3)."""
+    """Return the ETag of some content (section 8.8.3)."""
     return f'"{digest}"'
 
 
 def is_unwanted(headers: Headers, digest: Digest) -> bool:
-    """Tell whether If-Match asks for other content only; a weak tag never matches (section 13.1.1)."""
+    """Return whether If-Match asks for other content only; a weak tag never matches (section 13.1.1)."""
     return "if-match" in headers and not {"*", entity_tag(digest)} & _listed(headers, "if-match")
 
 
 def is_known(headers: Headers, digest: Digest) -> bool:
-    """Tell whether If-None-Match names the content, so that the client has it (section 13.1.2)."""
+    """Return whether If-None-Match names the content, so that the client has it (section 13.1.2)."""
     tags = {tag.removeprefix("W/") for tag in _listed(headers, "if-none-match")}
     return bool({"*", entity_tag(digest)} & tags)
 
 
 def wanted_ranges(headers: Headers, digest: Digest, size: int) -> Sequence[ByteRange]:
-    """Give the ranges that a GET is for; none means all of it. Raises `UnsatisfiableRangeError`.
+    """Return the ranges that a GET is for; none means all of it. Raises `UnsatisfiableRangeError`.
 
     If-Range makes Range count only if the client has begun with the same content (section 13.1.5).
     """

@@ -76,7 +76,7 @@ class Multipart:
         return f"\r\n--{self.boundary}--\r\n".encode()
 
     def head(self, part: ByteRange) -> bytes:
-        """Give what stands before the bytes of a range."""
+        """Return what stands before the bytes of a range."""
         return (
             f"\r\n--{self.boundary}\r\n"
             f"Content-Type: {self.content_type}\r\n"

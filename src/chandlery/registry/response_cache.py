@@ -3,7 +3,7 @@
 A handler says of a response that it is a `CachedResponse`: whoever sends the same request gets it as long as
 its `check` says so. The same request has the same method, path and query and the same Accept headers, and
 none of those that ask for less, or are for this client alone. Who may ask is not looked at here: a handler
-that looks at it gives no lasting responses.
+that looks at it returns no cached responses.
 
 Nothing is served that is older than it would be otherwise. A check begins after the request has come; but one
 check is for all requests that have come before it, so it costs little however long it takes. What need not be
@@ -45,7 +45,7 @@ _PERSONAL = frozenset(
 )
 
 # The name under which `keep` finds a place in the scope of a request.
-_PLACE = "chandlery.prepared_answer"
+_PLACE = "chandlery.response_cache"
 
 _Key = tuple[str, str, bytes, tuple[bytes, ...]]
 
@@ -83,7 +83,7 @@ class _Answer:
 
 
 class ResponseCache:
-    """Gives lasting responses of `app` again; those that were given last take at most `most` bytes."""
+    """Sends cached responses of `app` again; those that were sent last take at most `most` bytes."""
 
     def __init__(self, app: ASGIApp, most: int = _MOST) -> None:
         self._app = app
@@ -109,7 +109,7 @@ class ResponseCache:
 
 
 def keep(scope: Scope, response: Response) -> None:
-    """Keep the response to a request, if it is a lasting one, as it is going to be sent."""
+    """Keep the response to a request, if it is to be cached, as it is going to be sent."""
     if not isinstance(response, CachedResponse) or _PLACE not in scope:
         return
     answers, key = scope[_PLACE]
@@ -129,7 +129,7 @@ def keep(scope: Scope, response: Response) -> None:
 
 
 def _key(scope: Scope) -> _Key | None:
-    """Give what distinguishes a request; None if nobody else gets what it gets."""
+    """Return what distinguishes a request; None if nobody else gets what it gets."""
     method = scope["method"]
     if method not in _METHODS:
         return None
@@ -143,7 +143,7 @@ def _key(scope: Scope) -> _Key | None:
 
 
 async def _holds(answer: _Answer) -> bool:
-    """Tell whether an answer holds, by a check that begins after this was called."""
+    """Return whether an answer holds, by a check that begins after this was called."""
     waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     answer.waiting.append(waiter)
     if answer.checking is None:

@@ -30,7 +30,7 @@ class TokenEndpoint:
         self._name_prefixes = name_prefixes
 
     async def __call__(self, request: Request) -> Response:
-        """Give a token. Raises `CredentialsError` and `RateLimitError`."""
+        """Return a token. Raises `CredentialsError` and `RateLimitError`."""
         credentials = parse_authorization(request.headers.get("authorization"))
         if request.method == "POST":
             form = parse_qs((await _body(request)).decode("latin-1"), encoding="utf-8", errors="replace")
@@ -54,7 +54,7 @@ class TokenEndpoint:
 
 
 def _form_credentials(form: Mapping[str, Sequence[str]]) -> Credentials | None:
-    """Give what the form of a POST says, of which `grant_type=password` is the only kind."""
+    """Return what the form of a POST says, of which `grant_type=password` is the only kind."""
     if form.get("grant_type", ["password"]) != ["password"]:
         raise CredentialsError("there are no refresh tokens here: log in with a password")
     user, password = form.get("username", [""])[0], form.get("password", [""])[0]

@@ -22,7 +22,7 @@ class WaitPolicy:
     redirections: int = 9
 
     def next_location(self, path: str, query: str) -> str | None:
-        """Give where a request goes on waiting, relative to its URL; None if it has waited long enough.
+        """Return where a request goes on waiting, relative to its URL; None if it has waited long enough.
 
         Whatever else the query holds stays: containerd adds `ns`.
         """

@@ -104,7 +104,7 @@ def routes(
     watchers: Watchers,
     reports: WorkerReports | None = None,
 ) -> list[Route]:
-    """Give the routes; `reports` are those of the server's other workers, if it has several."""
+    """Return the routes; `reports` are those of the server's other workers, if it has several."""
     pages = _Pages(metrics, readiness, queue, watchers, reports)
     return [
         Route("/healthz", pages.health),
@@ -157,7 +157,7 @@ class _Pages:
         return JSONResponse({"ready": ready, "checks": checks}, 200 if ready else 503, _FRESH)
 
     async def metrics(self, request: Request) -> Response:
-        """Give the figures."""
+        """Return the figures."""
         others = (each.figures for each in self._others())
         content, media_type = self._metrics.exposition(request.headers.get("accept", ""), others)
         return Response(content, headers={**_FRESH, "content-type": media_type})
@@ -173,7 +173,7 @@ class _Pages:
         return JSONResponse(build.description, headers=_FRESH) if build else _no_such_build()
 
     async def log(self, request: Request) -> Response:
-        """Give a build's log; as long as the build goes on, so does the answer."""
+        """Return a build's log; as long as the build goes on, so does the answer."""
         build_id = request.path_params["id"]
         if _BUILD_ID.fullmatch(build_id) is None:
             return _no_such_build()
@@ -190,7 +190,7 @@ class _Pages:
         return self._reports.others() if self._reports else iter(())
 
     def _builds(self) -> Iterator[ReportedBuild]:
-        """Give the builds of all workers."""
+        """Yield the builds of all workers."""
         for build in self._queue.builds():
             yield _reported(self._queue, build)
         for each in self._others():
@@ -200,7 +200,7 @@ class _Pages:
         return next((build for build in self._builds() if build.description["id"] == build_id), None)
 
     def _has_ended(self, build_id: str) -> bool:
-        """Tell whether nothing more will happen in a build; so it is if it isn't known."""
+        """Return whether nothing more will happen in a build; so it is if it isn't known."""
         own = self._queue.find(build_id)
         if own is not None:
             return own.has_ended
@@ -227,7 +227,7 @@ def _reported(queue: BuildQueue, build: Build) -> ReportedBuild:
 
 
 async def _tail(file: Path, has_ended: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """Give what is in a file, and what is added to it until `has_ended`; it may not be there yet."""
+    """Yield what is in a file, and what is added to it until `has_ended`; it may not be there yet."""
     position = 0
     while True:
         # Asked before reading, so that nothing that was written before the end is missed.

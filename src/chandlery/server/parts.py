@@ -78,7 +78,7 @@ async def open_parts(settings: Settings, popularity: Popularity | None = None) -
 
 
 async def configured_popularity(settings: Settings) -> Popularity:
-    """Give the table that the settings name, empty if they name none. Raises `SettingsError`."""
+    """Return the table that the settings name, empty if they name none. Raises `SettingsError`."""
     if not settings.popularity:
         return Popularity()
     try:
@@ -165,7 +165,7 @@ def access_control(settings: Settings, shared: Path | None = None) -> AccessCont
 
 
 def certificate(settings: Settings) -> CertificateCopy | None:
-    """Give where the server's certificate is; None without one. Raises `SettingsError`."""
+    """Return where the server's certificate is; None without one. Raises `SettingsError`."""
     if settings.tls_certificate is None or settings.tls_key is None:
         if settings.tls_certificate or settings.tls_key:
             raise SettingsError("tls_certificate and tls_key go together")

@@ -28,7 +28,7 @@ class Readiness:
         self._found: Mapping[str, str | None] = {}
 
     async def problems(self) -> Mapping[str, str | None]:
-        """Give for every check what is wrong, None if nothing is."""
+        """Return for every check what is wrong, None if nothing is."""
         async with self._lock:
             if time.monotonic() - self._checked_at >= self._max_age:
                 found = await asyncio.gather(*(self._run(name) for name in self._checks))

@@ -96,7 +96,7 @@ class RequestLog:
 
 
 def _id(scope: Scope) -> str:
-    """Give the id that a request has come with, if it is one, or a new one."""
+    """Return the id that a request has come with, if it is one, or a new one."""
     for name, value in scope["headers"]:
         if name == _ID_HEADER:
             given: str = value.decode("latin-1")
@@ -107,6 +107,6 @@ def _id(scope: Scope) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """Give the name of the route that a request has taken; `other` if there is none for it."""
+    """Return the name of the route that a request has taken; `other` if there is none for it."""
     route = scope.get("route")
     return route.name if isinstance(route, Route) else "other"

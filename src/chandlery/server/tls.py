@@ -42,7 +42,7 @@ class CertificateCopy:
         self._refused = b""
 
     def version(self) -> int | None:
-        """Give a number that is another one after each update; None if there is no copy."""
+        """Return a number that is another one after each update; None if there is no copy."""
         try:
             return self.file.stat().st_ino
         except FileNotFoundError:
@@ -98,7 +98,7 @@ class CertificateWatch:
 
     @property
     def has_successor(self) -> bool:
-        """Tell whether this worker shows what is outdated, so that another one takes over."""
+        """Return whether this worker shows what is outdated, so that another one takes over."""
         return self._copy.version() != self._shown
 
     async def run(self) -> None:

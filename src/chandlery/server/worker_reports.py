@@ -67,7 +67,7 @@ class WorkerReports:
             log.warning("a worker can't tell the others what it does", reason=str(error))
 
     def others(self) -> Iterator[Report]:
-        """Give the reports of the other workers, also of those that have gone."""
+        """Yield the reports of the other workers, also of those that have gone."""
         for file in sorted(self._folder.glob(f"*{_SUFFIX}")):
             if file == self._file:
                 continue

@@ -31,15 +31,15 @@ class BlobReader(Protocol):
     """Blobs to read; all methods raise `StorageError`."""
 
     def path(self, digest: Digest) -> Path | None:
-        """Give the file that holds the blob or would hold it; None from a store without files."""
+        """Return the file that holds the blob or would hold it; None from a store without files."""
         ...
 
     async def url(self, digest: Digest, lifetime: float) -> str | None:
-        """Give where clients get the blob themselves, for `lifetime` seconds; None if they get it here."""
+        """Return where clients get the blob themselves, for `lifetime` seconds; None if they get it here."""
         ...
 
     def read(self, digest: Digest, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
-        """Give the blob, or a range of it that lies within; `BlobNotFoundError` at the first step."""
+        """Return the blob, or a range of it that lies within; `BlobNotFoundError` at the first step."""
         ...
 
 
@@ -70,7 +70,7 @@ class BlobStore(BlobReader, Protocol):
         ...
 
     def temporary_file(self) -> AbstractContextManager[Path]:
-        """Give a path to write a blob at before `put`; a full disk becomes `StorageFullError`."""
+        """Return a path to write a blob at before `put`; a full disk becomes `StorageFullError`."""
         ...
 
     async def put(self, digest: Digest, file: Path, media_type: str) -> None:
@@ -89,11 +89,11 @@ class BlobStore(BlobReader, Protocol):
         ...
 
     def digests(self) -> AsyncIterator[Digest]:
-        """Give the digest of every blob, in order; those put or deleted meanwhile may be missed."""
+        """Return the digest of every blob, in order; those put or deleted meanwhile may be missed."""
         ...
 
     async def inventory(self) -> Mapping[Digest, BlobInfo]:
-        """Give what is known of every blob; those put or deleted meanwhile may be missed."""
+        """Return what is known of every blob; those put or deleted meanwhile may be missed."""
         ...
 
     async def sweep(self) -> None:
@@ -123,7 +123,7 @@ async def is_intact(
 
 
 async def content_of(blobs: BlobReader, digest: Digest) -> bytes:
-    """Give all of a blob that is small; see `BlobReader.read`."""
+    """Return all of a blob that is small; see `BlobReader.read`."""
     return b"".join([block async for block in blobs.read(digest)])
 
 
@@ -137,7 +137,7 @@ async def content_md5(blobs: BlobReader, digest: Digest) -> str:
 
 @asynccontextmanager
 async def local_files(blobs: BlobStore, digests: Iterable[Digest]) -> AsyncIterator[Mapping[Digest, Path]]:
-    """Give a file with each blob, fetched for the time being if the store has none; see `BlobReader.read`."""
+    """Provide a file with each blob, fetched if the store has none; see `BlobReader.read`."""
     with ExitStack() as stack:
         files = {}
         for digest in digests:

@@ -75,7 +75,7 @@ class Bucket:
         return f"{self.scheme}://{self.name}" + (f"/{self.prefix}" if self.prefix else "")
 
     def connect(self, options: Mapping[str, str], retries: Retries) -> Connection:
-        """Give what speaks to the bucket, without asking it anything; `SettingsError` about the options."""
+        """Return what speaks to the bucket, without asking it anything; `SettingsError` about the options."""
         config = _OPTIONS | (_S3_OPTIONS if self.scheme == "s3" else {}) | dict(options)
         backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=3)}
         retry = {

@@ -16,5 +16,5 @@ class ByteRange:
         return self.stop - self.start
 
     def content_range(self, size: int) -> str:
-        """Give the Content-Range of this part of `size` bytes."""
+        """Return the Content-Range of this part of `size` bytes."""
         return f"bytes {self.start}-{self.stop - 1}/{size}"

@@ -38,7 +38,7 @@ class Leases:
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator["Lease"]:
-        """Give a new lease, which ends with the body."""
+        """Return a new lease, which ends with the body."""
         folder = self._own.path / token_hex(8)
         with storage_errors(folder):
             folder.mkdir()
@@ -54,7 +54,7 @@ class Leases:
             yield
 
     def leased(self) -> set[Digest]:
-        """Give every blob that has a lease; of processes that died too, until `sweep`."""
+        """Return every blob that has a lease; of processes that died too, until `sweep`."""
         leases = (lease for process in _listed(self._parent) for lease in _listed(process))
         return {Digest(file.name) for lease in leases for file in _listed(lease)}
 
@@ -93,7 +93,7 @@ class Lease:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """Give what is in a folder: nothing, if it is none, or its lease ended a moment ago."""
+    """Return what is in a folder: nothing, if it is none, or its lease ended a moment ago."""
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

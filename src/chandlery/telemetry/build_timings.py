@@ -48,7 +48,7 @@ class Timings:
         self._spans.setdefault(work, []).append((begin - self._began, end - self._began))
 
     def times(self) -> list[WorkTime]:
-        """Give the times of each work that there was; spans that overlap count once."""
+        """Return the times of each work that there was; spans that overlap count once."""
         return [_time_of(work, sorted(self._spans[work])) for work in Work if work in self._spans]
 
 

@@ -46,7 +46,7 @@ class Figures(msgspec.Struct, frozen=True):
     levels: dict[str, Samples]
 
     def of(self, family: str) -> Samples:
-        """Give the samples of one name."""
+        """Return the samples of one name."""
         return self.totals.get(family) or self.levels.get(family) or []
 
 
@@ -174,7 +174,7 @@ class Metrics:
         return Figures(totals, levels)
 
     def exposition(self, accept: str, others: Iterable[Figures] = ()) -> tuple[bytes, str]:
-        """Give all figures as text, with those of other processes, in a format that `accept` takes.
+        """Return all figures as text, with those of other processes, in a format that `accept` takes.
 
         The second is its media type.
         """

@@ -74,7 +74,7 @@ def apply(tmp_path: Path, root: Path) -> Callable[..., None]:
 
 
 def content(root: Path) -> dict[str, str]:
-    """Give what is in a folder: texts of files, targets of links, and / for folders."""
+    """Return what is in a folder: texts of files, targets of links, and / for folders."""
     return {
         str(path.relative_to(root)): f"-> {path.readlink()}"
         if path.is_symlink()
@@ -188,7 +188,7 @@ def test_hostile_entries_are_refused(hostile: list[Entry], apply: Callable[..., 
 
 
 def changes(path: Path) -> tuple[int, ...]:
-    """Give what would tell that somebody wrote; whoever only reads changes the access time."""
+    """Return what would tell that somebody wrote; whoever only reads changes the access time."""
     status = path.stat()
     return (status.st_mode, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -287,7 +287,7 @@ def user(request: pytest.FixtureRequest) -> Iterator[User]:
 
 
 def program_files(*programs: str) -> Iterator[Entry]:
-    """Give this machine's programs in /usr/bin, and the libraries that they are linked with."""
+    """Yield this machine's programs in /usr/bin, and the libraries that they are linked with."""
     needed: set[str] = set()
     for program in programs:
         path = shutil.which(program)

@@ -28,7 +28,7 @@ async def run(script: str, limits: Limits | None = None, **options: object) -> F
 
 
 def gone(folder: Path) -> bool:
-    """Tell whether none of what STUBBORN started is alive, in a while."""
+    """Return whether none of what STUBBORN started is alive, in a while."""
     numbers = [int((folder / name).read_text()) for name in ("program", "group", "session")]
     until = time.monotonic() + 10
     while any(alive(number) for number in numbers):

@@ -24,7 +24,7 @@ Entry = tuple[str, dict[str, object], bytes]
 
 
 def reader(content: bytes, size: int = 1 << 16) -> Callable[[], bytes]:
-    """Give the bytes in pieces of this size."""
+    """Return the bytes in pieces of this size."""
     file = io.BytesIO(content)
     return lambda: file.read(size)
 
@@ -50,7 +50,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> Entry:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Give what is below a folder: contents of files, targets of links."""
+    """Return what is below a folder: contents of files, targets of links."""
     return {
         str(path.relative_to(folder)): f"-> {path.readlink()}" if path.is_symlink() else path.read_text()
         for path in folder.rglob("*")

@@ -50,12 +50,12 @@ def tree(pin: PinnedSource) -> Path:
 
 
 def says(pin: PinnedSource) -> str:
-    """Give what the `revision` program of a pinned package set prints."""
+    """Return what the `revision` program of a pinned package set prints."""
     return (tree(pin) / "revision").read_text()
 
 
 def trees(folder: Path) -> list[str]:
-    """Give the revisions that are there, and what is being made."""
+    """Return the revisions that are there, and what is being made."""
     return sorted(path.name for path in [*folder.glob("source/[0-9a-f]*"), *folder.glob("source/making/*")])
 
 

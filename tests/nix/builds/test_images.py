@@ -37,7 +37,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system"
 
 @pytest.fixture(scope="module")
 def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a data folder that one test after another uses, so that little has to be built."""
+    """Return a data folder that one test after another uses, so that little has to be built."""
     return tmp_path_factory.mktemp("used")
 
 

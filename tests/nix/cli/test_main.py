@@ -34,7 +34,7 @@ class Finished:
 
     @property
     def complaint(self) -> str:
-        """Give the one line that tells what is wrong."""
+        """Return the one line that tells what is wrong."""
         assert self.exit_code == 1, self
         assert self.stdout == "", self
         [line] = [line for line in self.stderr.splitlines() if line.startswith("chandlery: ")]
@@ -75,7 +75,7 @@ class Command:
 
 @pytest.fixture(scope="module")
 def chandlery(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """Give the command with one data folder for all tests, so that little has to be built."""
+    """Return the command with one data folder for all tests, so that little has to be built."""
     folder = tmp_path_factory.mktemp("chandlery")
     return Command(folder / "data", Gates(folder / "gates", folder / "data"))
 
@@ -366,7 +366,7 @@ def test_a_source_that_can_not_be_reached(chandlery: Command, port: int, tmp_pat
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Path]:
-    """Give a file for what servers say; it is shown when a test fails."""
+    """Return a file for what servers say; it is shown when a test fails."""
     file = tmp_path / "server.log"
     file.touch()
     yield file

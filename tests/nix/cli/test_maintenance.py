@@ -43,7 +43,7 @@ class DataFolder:
 
 @pytest.fixture(scope="module")
 def used_folder(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
-    """Give a data folder with two images, which every test leaves whole."""
+    """Return a data folder with two images, which every test leaves whole."""
     folder = DataFolder(tmp_path_factory.mktemp("data"))
     for package in ("hello", "greeter"):
         assert folder.run("build", package).returncode == 0

@@ -123,7 +123,7 @@ def test_a_blob_that_rots_is_found_in_the_background_and_made_again(tmp_path: Pa
 
 
 def _holds(file: Path, digest: str) -> bool:
-    """Tell whether a file, which may go at any time, is there with its digest."""
+    """Return whether a file, which may go at any time, is there with its digest."""
     with suppress(FileNotFoundError):
         return str(Digest.of(file.read_bytes())) == digest
     return False

@@ -40,7 +40,7 @@ async def built(nix: Nix, folder: Path, attributes: str, *, own: bool = True) ->
 
 
 def bare(script: str, host: str = "") -> str:
-    """Give a package that asks for no more of the machine than what it takes to start its bash."""
+    """Return a package that asks for no more of the machine than what it takes to start its bash."""
     return f"""
       p = derivation {{
         name = "p"; system = builtins.currentSystem; builder = "/bin/bash";

@@ -380,7 +380,7 @@ class Gate:
         self.open = asyncio.Event()
 
     def package(self, script: str) -> str:
-        """Give an attribute `waits`, a package whose builder runs a script and then waits."""
+        """Return an attribute `waits`, a package whose builder runs a script and then waits."""
         return f"""
           waits = derivation {{
             name = "waits-{self.port}";

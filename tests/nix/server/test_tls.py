@@ -44,7 +44,7 @@ def trusting(source: Certificate) -> ssl.SSLContext:
 
 
 def shows(server: RunningServer, source: Certificate) -> bool:
-    """Tell whether the server's certificate is this one."""
+    """Return whether the server's certificate is this one."""
     try:
         return httpx.get(f"{server.url}/v2/", verify=trusting(source)).is_success
     except httpx.ConnectError:

@@ -86,7 +86,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def challenge(response: httpx.Response) -> tuple[str, Mapping[str, str]]:
-    """Give the scheme and the parameters of a WWW-Authenticate header."""
+    """Return the scheme and the parameters of a WWW-Authenticate header."""
     assert response.status_code == 401
     assert oci_error(response)["code"] == "UNAUTHORIZED"
     scheme, _, rest = response.headers["www-authenticate"].partition(" ")
@@ -420,7 +420,7 @@ class Terminal(io.StringIO):
 
 @contextmanager
 def logged(log_format: Any) -> Iterator[io.StringIO]:
-    """Give what is logged, exactly as it would stand in the log."""
+    """Return what is logged, exactly as it would stand in the log."""
     before, stderr = structlog.get_config(), sys.stderr
     written = Terminal()
     sys.stderr = written
@@ -433,7 +433,7 @@ def logged(log_format: Any) -> Iterator[io.StringIO]:
 
 
 def carriers(secret: str) -> Iterator[dict[str, Any]]:
-    """Give all ways in which a client may send a secret."""
+    """Yield all ways in which a client may send a secret."""
     for text in (f"alice:{secret}", f"{secret}:x", f"carol:{secret}", secret, f"alice:{secret}\n"):
         yield {"headers": {"authorization": f"Basic {b64encode(text.encode()).decode()}"}}
     for scheme in ("Bearer", "bearer", "Basic", "Digest", "Token", ""):

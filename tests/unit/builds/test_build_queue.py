@@ -370,7 +370,7 @@ async def test_stopping_twice_lets_a_build_clean_up_once_and_to_the_end() -> Non
 async def two_queues(
     limits: QueueLimits, known: Known = nothing_known
 ) -> AsyncIterator[tuple[WorkQueue, WorkQueue]]:
-    """Give the queues of two processes, as far as they can tell."""
+    """Return the queues of two processes, as far as they can tell."""
     async with WorkQueue(limits, LOGS, known) as first, WorkQueue(limits, LOGS, known) as second:
         yield first, second
 

@@ -74,7 +74,7 @@ def steps(draw: st.DrawFn) -> Step:
 
 
 async def all_answers(index: BuildIndex) -> list[object]:
-    """Give what an index says of everything that the steps are about."""
+    """Return what an index says of everything that the steps are about."""
     digests = [each.digest for text in "xyz" for each in an_image(text, *LAYERS).descriptors]
     digests += [Digest.of(content) for content in CONTENTS]
     keys = [a_recipe(name, revision=revision).key for name in NAMES for revision in REVISIONS]

@@ -250,7 +250,7 @@ small_trees = st.recursive(
 
 
 def stream_of(tree: Mapping[bytes, object], number: int, folder: bytes = b"") -> Iterator[Entry]:
-    """Give a tree's entries; the uid says which stream they are of."""
+    """Yield a tree's entries; the uid says which stream they are of."""
     for name, what in tree.items():
         match what:
             case EntryKind.FILE:

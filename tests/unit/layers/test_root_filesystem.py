@@ -35,7 +35,7 @@ def image(
     extra: tuple[Entry, ...] = (),
     account: Account | None = None,
 ) -> Mapping[bytes, Entry]:
-    """Give the layer of an image of these store paths, by path."""
+    """Return the layer of an image of these store paths, by path."""
     closure = closure_of(*roots, *needed)
     entries = root_filesystem(closure, roots, StoreReader(store.store_root), account=account, extra=extra)
     # The archive checks the order, and that nothing comes twice.

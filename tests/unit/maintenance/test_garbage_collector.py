@@ -99,7 +99,7 @@ class Folder:
         return await collector.collect(dry_run=dry_run)
 
     async def has(self, *names: str) -> bool:
-        """Tell whether blobs are there, by their content; all of them are, or none."""
+        """Return whether blobs are there, by their content; all of them are, or none."""
         [answer] = {await self.blobs.stat(digest(name)) is not None for name in names}
         return answer
 

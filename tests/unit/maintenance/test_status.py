@@ -19,7 +19,7 @@ def write(file: Path, content: bytes) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a data folder with something in each part."""
+    """Return a data folder with something in each part."""
     write(tmp_path / "blobs/sha256/ab/abcd", b"1" * LARGE)
     write(tmp_path / "nix/nix/store/aaa-git/bin/git", b"2" * LARGE)
     write(tmp_path / "nix/nix/store/aaa-git.drv", b"Derive()")

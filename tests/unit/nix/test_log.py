@@ -22,7 +22,7 @@ def stop(number: int) -> str:
 
 
 def read(log: str, piece: int = 1 << 20) -> tuple[str, list[tuple[Work, float, float]]]:
-    """Give what people are told, and the works; the clock ticks each time that it is asked."""
+    """Return what people are told, and the works; the clock ticks each time that it is asked."""
     said: list[bytes] = []
     works: list[tuple[Work, float, float]] = []
     ticks = count()

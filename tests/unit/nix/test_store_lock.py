@@ -1,11 +1,11 @@
 import asyncio
 from pathlib import Path
 
-from chandlery.nix.store_lock import Passage, StoreGate
+from chandlery.nix.store_lock import Reader, StoreLock
 from tests.support.tasks import suspended, until
 
 
-async def collect(gate: StoreGate, said: list[str], ending: asyncio.Event | None = None) -> None:
+async def collect(gate: StoreLock, said: list[str], ending: asyncio.Event | None = None) -> None:
     async with gate.collecting():
         said.append("collecting")
         if ending:
@@ -13,20 +13,20 @@ async def collect(gate: StoreGate, said: list[str], ending: asyncio.Event | None
         said.append("collected")
 
 
-async def begin(gate: StoreGate, said: list[str]) -> None:
+async def begin(gate: StoreLock, said: list[str]) -> None:
     async with gate.beginning():
         said.append("begun")
 
 
 async def test_builds_begin_together(tmp_path: Path) -> None:
-    gate = StoreGate(tmp_path, 1000)
-    async with asyncio.timeout(5), gate.beginning(), gate.beginning(), StoreGate(tmp_path, 1000).beginning():
+    gate = StoreLock(tmp_path, 1000)
+    async with asyncio.timeout(5), gate.beginning(), gate.beginning(), StoreLock(tmp_path, 1000).beginning():
         pass
 
 
 async def test_a_collector_waits_until_builds_have_begun_and_keeps_others_from_it(tmp_path: Path) -> None:
     said, ending = list[str](), asyncio.Event()
-    ours, others = StoreGate(tmp_path, 1000), StoreGate(tmp_path, 1000)  # as of two processes
+    ours, others = StoreLock(tmp_path, 1000), StoreLock(tmp_path, 1000)  # as of two processes
     async with ours.beginning():
         collector = asyncio.create_task(collect(others, said, ending))
         await suspended(collector)
@@ -42,7 +42,7 @@ async def test_a_collector_waits_until_builds_have_begun_and_keeps_others_from_i
 
 
 async def test_a_build_that_goes_on_for_long_has_begun_after_a_while(tmp_path: Path) -> None:
-    gate, said = StoreGate(tmp_path, 0.0), list[str]()
+    gate, said = StoreLock(tmp_path, 0.0), list[str]()
     async with asyncio.timeout(5), gate.beginning() as passage:
         passage.realising()
         passage.realising()
@@ -51,7 +51,7 @@ async def test_a_build_that_goes_on_for_long_has_begun_after_a_while(tmp_path: P
 
 
 async def test_a_build_that_fails_or_is_cancelled_leaves_the_gate_free(tmp_path: Path) -> None:
-    gate, passages = StoreGate(tmp_path, 1000), list[Passage]()
+    gate, passages = StoreLock(tmp_path, 1000), list[Reader]()
 
     async def build() -> None:
         async with gate.beginning() as passage:

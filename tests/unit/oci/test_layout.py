@@ -68,7 +68,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    """Give what is in a folder or an archive, by name."""
+    """Return what is in a folder or an archive, by name."""
     if output.is_dir():
         found = (path for path in output.rglob("*") if path.is_file())
         return {str(path.relative_to(output)): path.read_bytes() for path in found}

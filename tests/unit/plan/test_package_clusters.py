@@ -9,7 +9,7 @@ from chandlery.plan.popularity import Popularity
 def a_set(
     apps: int = 400, *, more: bool = False, grown: float = 1.0, seed: int = 1
 ) -> dict[str, tuple[str, int, list[str]]]:
-    """Give apps over three kits of libraries: who needs one of a kit mostly needs all of it."""
+    """Return apps over three kits of libraries: who needs one of a kit mostly needs all of it."""
     chance = random.Random(seed)  # noqa: S311
     packages: dict[str, tuple[str, int, list[str]]] = {"libc": ("libc", 10**7, [])}
     for kit in ("gui", "net", "db"):

@@ -9,7 +9,7 @@ PATH = "/v2/shell/git/manifests/latest"
 
 
 def follow(url: str, policy: WaitPolicy) -> list[str]:
-    """Give the URLs that a client asks, one after another, until it isn't sent on."""
+    """Return the URLs that a client asks, one after another, until it isn't sent on."""
     urls = [url]
     while True:
         parts = urlsplit(urls[-1])

@@ -16,7 +16,7 @@ WriteFile = Callable[[str], Path]
 
 @pytest.fixture
 def settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteFile:
-    """Give a function that writes the settings file."""
+    """Return a function that writes the settings file."""
 
     def write(content: str) -> Path:
         file = tmp_path / "chandlery.toml"

@@ -398,7 +398,7 @@ def test_the_locks_that_images_need_are_removed_last_and_of_those_the_least_want
 
 
 def is_whole(folder: Path, texts: Sequence[str]) -> bool:
-    """Tell whether the snapshot of these Packages files is the one in force, with all of its files."""
+    """Return whether the snapshot of these Packages files is the one in force, with all of its files."""
     packages = (each for number, text in enumerate(texts) for each in parse_packages(text, number))
     snapshot = DebianSnapshot.of(packages, load_aliases())
     pinned = an_index(folder).current()

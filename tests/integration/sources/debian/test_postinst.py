@@ -18,7 +18,7 @@ class Package:
     folder: Path
 
     def recorded(self, postinst: str) -> list[str]:
-        """Give the names that a script registers."""
+        """Return the names that a script registers."""
         run = subprocess.run(
             ["bash", EXPRESSIONS / "record_alternatives.sh", self.root],
             input=postinst.encode(errors="surrogateescape"),
@@ -30,7 +30,7 @@ class Package:
         return [alternative.master.name.decode() for alternative in parse(run.stdout)]
 
     def left(self) -> set[str]:
-        """Give what the scripts wrote."""
+        """Return what the scripts wrote."""
         return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")} - {
             "postinst.restricted",
             "recorded",

@@ -62,7 +62,7 @@ class TestSqliteIndex(BuildIndexContract):
 
 @pytest.fixture
 def database() -> Iterator[sqlite3.Connection]:
-    """Give the tables, in memory and in a transaction."""
+    """Return the tables, in memory and in a transaction."""
     connection = sqlite_schema.open_or_start_anew(Path(":memory:"), lambda _: None)
     connection.execute("BEGIN")
     yield connection
