@@ -37,7 +37,7 @@ from chandlery.oci.documents import (
     Platform,
 )
 
-_NUMBERS = (1_000, 5_000, 50_000)
+_NUMBERS = (1_000, 5_000)
 _SHARED_LAYERS = 4_000
 _IMAGES_OF_A_PIN = 500
 _ROUNDS = 200

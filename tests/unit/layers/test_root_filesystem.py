@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from chandlery.image.profile import Account
 from chandlery.layers.archive import archive
-from chandlery.layers.main_program import main_program, program_named
 from chandlery.layers.root_filesystem import root_filesystem
 from chandlery.layers.store_reader import Entry, EntryKind, StoreReader
 from chandlery.nix.closure import StorePath
@@ -378,52 +377,3 @@ def test_any_packages_make_an_archive_in_order(
 
 
 # The program of an image
-
-
-@pytest.mark.parametrize(
-    ("programs", "declared", "package", "expected"),
-    [
-        (["rg", "other"], "rg", "ripgrep", "/bin/rg"),
-        (["git", "git-shell"], None, "git", "/bin/git"),
-        (["git", "git-shell"], "missing", "git", "/bin/git"),
-        (["rg"], None, "ripgrep", "/bin/rg"),
-        (["rg", ".rg-wrapped"], None, "ripgrep", "/bin/rg"),
-        (["a", "b"], None, "c", None),
-        ([], "declared", "package", None),
-    ],
-)
-def test_the_program_is_the_declared_one_or_the_packages_or_the_only_one(
-    store: PhysicalStore, programs: list[str], declared: str | None, package: str, expected: str | None
-) -> None:
-    tree: dict[str, bytes | Executable | Link | None] = {f"bin/{name}": PROGRAM for name in programs}
-    built = store.add("package", {**tree, "bin/data": b"not executable", "bin/folder": None})
-
-    assert main_program(StoreReader(store.store_root), [built], declared, package) == expected
-
-
-def test_the_root_layout_has_its_programs_below_usr(store: PhysicalStore) -> None:
-    reader = StoreReader(store.store_root)
-    sl = store.add_root_layout("sl", {"usr/games/sl": PROGRAM, "bin/ignored": PROGRAM})
-    cron = store.add_root_layout("cron", {"usr/bin/crontab": PROGRAM, "usr/sbin/cron": PROGRAM})
-
-    assert main_program(reader, [sl], None, "sl") == "/usr/games/sl"
-    assert main_program(reader, [cron], None, "cron") == "/usr/sbin/cron"
-    assert main_program(reader, [cron, sl], "sl", "cron") == "/usr/games/sl"
-
-
-def test_a_program_of_a_name_is_found_in_what_stands_at_the_root_alone(store: PhysicalStore) -> None:
-    reader = StoreReader(store.store_root)
-    python3 = store.add_root_layout("python3", {"usr/bin/pydoc3": PROGRAM, "usr/bin/pdb3": PROGRAM})
-    minimal = store.add_root_layout("python3-minimal", {"usr/bin/python3": PROGRAM})
-    elsewhere = store.add("elsewhere", {"bin/python3": PROGRAM})
-
-    assert program_named(reader, [python3, minimal], "python3") == "/usr/bin/python3"
-    # What has the store layout and wasn't asked for is linked from nowhere.
-    assert program_named(reader, [python3, elsewhere], "python3") is None
-
-
-def test_a_folder_of_programs_may_be_a_link(store: PhysicalStore) -> None:
-    real = store.add("real", {"bin/python3": Link("python3.11"), "bin/python3.11": PROGRAM})
-    environment = store.add("environment", {"bin": Link(f"{real}/bin")})
-
-    assert main_program(StoreReader(store.store_root), [environment], "python3", "env") == "/bin/python3"
