@@ -124,8 +124,11 @@ class Pipeline:
 
         Raises any `ChandleryError`.
         """
+        before = await self._stores.index.use_image(build.key)
         async with self._protected(build) as job:
             image = await self._make(job)
+            if before is not None:
+                _check_is_the_same(before, image, build)
             # Only then does the lease end: from now on it is the index that keeps the blobs.
             await self._stores.index.remember_image(build.recipe, image)
         log.info(
@@ -313,6 +316,27 @@ async def _first_error_alone() -> AsyncIterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+def _check_is_the_same(before: BuiltImage, now: BuiltImage, build: Build) -> None:
+    """Log what differs if a recipe that was carried out before has given another image: it should not."""
+    if before.manifests == now.manifests:
+        return
+    pairs = [pair for pair in zip(before.layers, now.layers, strict=False) if pair[0] != pair[1]]
+    log.error(
+        "the same recipe has given another image",
+        build=build.id,
+        image=build.image,
+        layers=[len(before.layers), len(now.layers)],
+        # Where the diff_id is the same it is the compressor that gave other bytes.
+        differ=[
+            {
+                "diff_id": [str(layer.diff_id) for layer in pair],
+                "bytes": [layer.descriptor.size for layer in pair],
+            }
+            for pair in pairs
+        ],
+    )
 
 
 def _closure_roots(

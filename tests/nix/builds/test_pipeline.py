@@ -1,15 +1,17 @@
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from chandlery.builds.recipe import Recipe
 from chandlery.maintenance.garbage_collector import DiskLimits, GarbageCollector
 from chandlery.nix.nix import NixLimits
 from chandlery.oci.digest import Digest
-from chandlery.oci.documents import BuiltImage
+from chandlery.oci.documents import BuiltImage, ManifestFormat
 from chandlery.storage.blob_store import BlobInfo
 from tests.support.workshop import Workshop, opened
 
@@ -76,6 +78,34 @@ async def test_a_layer_that_has_another_size_is_packed_again(fresh: Workshop) ->
     fresh.blobs.path(shared).write_bytes(b"cut")
     assert "hello-1.0" in fresh.names(await fresh.image("hello", "jq"))
     assert Digest.of(fresh.blobs.path(shared).read_bytes()) == shared
+
+
+async def test_an_image_that_is_another_when_it_is_made_again_is_logged_with_what_differs(
+    fresh: Workshop,
+) -> None:
+    image = await fresh.image("hello")
+    manifest = image.manifests[ManifestFormat.OCI]
+    [recipe] = await fresh.index.recipes(manifest.digest, 1)
+    other = replace(image.layers[-1], diff_id=Digest.of(b"other"))
+    recorded = replace(
+        image,
+        manifests={**image.manifests, ManifestFormat.OCI: replace(manifest, digest=Digest.of(b"other"))},
+        layers=(*image.layers[:-1], other),
+    )
+    await fresh.index.remember_image(recipe, recorded)
+    with capture_logs() as logs:
+        assert await fresh.image("hello") == image
+    [event] = [each for each in logs if each["event"] == "the same recipe has given another image"]
+    assert event["differ"] == [
+        {
+            "diff_id": [str(other.diff_id), str(image.layers[-1].diff_id)],
+            "bytes": [image.layers[-1].descriptor.size] * 2,
+        }
+    ]
+    fresh.blobs.path(manifest.digest).unlink()
+    with capture_logs() as logs:
+        assert await fresh.image("hello") == image
+    assert "the same recipe has given another image" not in [each["event"] for each in logs]
 
 
 async def test_chandlerys_own_collection_waits_until_a_build_has_begun(tmp_path: Path) -> None:
