@@ -1,4 +1,7 @@
-"""Everything that can go wrong, as data; how an error looks on the wire is decided in `registry.api`.
+"""What goes wrong with a pull, as data; which status and code each error has is decided in `registry.endpoint`.
+
+Errors that one module raises and those above it turn into one of these are beside the module: of downloads,
+tarballs, programs and the demo.
 
 ChandleryError
 ├── InvalidDigestError          not a digest
