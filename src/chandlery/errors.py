@@ -1,4 +1,4 @@
-"""What goes wrong with a pull, as data; which status and code each error has is decided in `registry.endpoint`.
+"""What goes wrong with a pull, as data; the status and code of each error are decided in `registry.endpoint`.
 
 Errors that one module raises and those above it turn into one of these are beside the module: of downloads,
 tarballs, programs and the demo.

@@ -9,7 +9,7 @@ statements those of `builds.sqlite.tables`; `builds.sqlite.migrations` carries o
 import asyncio
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import structlog
+from cachetools import LRUCache
 
 from chandlery.builds.index import RecordedBlob, RecordedImage
 from chandlery.builds.recipe import Recipe
@@ -38,6 +39,11 @@ Work = Callable[[sqlite3.Connection], T]
 
 # Images that are forgotten in one transaction: others have to write as well.
 _BATCH = 256
+
+# Seconds that a pull waits until its use is written; then it is written when it can be.
+_PATIENCE = 1.0
+# What could not be written and is kept in memory until it can be: images, layers and resolutions.
+_MOST_UNWRITTEN = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,8 @@ class SqliteIndex:
         self._clock = clock
         self._use_interval = use_interval
         self._known_layers: dict[int, PackedLayer] = {}  # of the thread that reads
+        self._unwritten: deque[Work[None]] = deque(maxlen=_MOST_UNWRITTEN)  # of the thread that writes
+        self._unwritten_images: LRUCache[str, BuiltImage] = LRUCache(_MOST_UNWRITTEN)
         self._path = path = schema.file_of(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,14 +110,19 @@ class SqliteIndex:
     async def use_image(self, key: str) -> BuiltImage | None:
         """See `BuildIndex`; the use is written only if the last was written long enough ago."""
         found = await self._look(lambda database: tables.image(database, key, self._known_layers), None)
-        if found is None or not await self._used(key, found.last_used):
+        if found is None:
+            image: BuiltImage | None = self._unwritten_images.get(key)
+            return image
+        if not await self._used(key, found.last_used):
             return None
         return found.image
 
     async def remember_image(self, recipe: Recipe, image: BuiltImage) -> None:
         """See `BuildIndex`."""
         times = tables.Times(now := self._clock(), now)
-        await self._write(lambda database: tables.put_image(database, recipe.key, recipe, image, times), None)
+        key = recipe.key
+        if not await self._remember(lambda database: tables.put_image(database, key, recipe, image, times)):
+            self._unwritten_images[key] = image
 
     async def image_index(self, digest: Digest) -> bytes | None:
         """See `BuildIndex`."""
@@ -145,7 +158,7 @@ class SqliteIndex:
 
     async def remember_layer(self, key: str, layer: PackedLayer) -> None:
         """See `BuildIndex`."""
-        await self._write(lambda database: tables.put_layer(database, key, layer), None)
+        await self._remember(lambda database: tables.put_layer(database, key, layer))
 
     async def resolutions(self, pin: str, attribute_paths: Iterable[str]) -> dict[str, bytes]:
         """See `BuildIndex`."""
@@ -154,7 +167,7 @@ class SqliteIndex:
 
     async def remember_resolutions(self, pin: str, records: Mapping[str, bytes]) -> None:
         """See `BuildIndex`."""
-        await self._write(lambda database: tables.put_resolutions(database, pin, records), None)
+        await self._remember(lambda database: tables.put_resolutions(database, pin, records))
 
     async def blob(self, digest: Digest) -> RecordedBlob | None:
         """See `BuildIndex`."""
@@ -202,7 +215,10 @@ class SqliteIndex:
         await self._write(lambda database: tables.drop_image_indexes(database, remembered), None)
 
     def close(self) -> None:
-        """Write what is still to be written, and close the file; nothing may be called after it."""
+        """Write what is still to be written, if it can be, and close the file; nothing may be called then."""
+        if self._unwritten:
+            with suppress(sqlite3.DatabaseError):
+                self._writer.wait_for(partial(self._in_writing, lambda _: None))
         for thread in (self._surveyor, self._reader, self._writer):
             thread.close()
 
@@ -222,8 +238,15 @@ class SqliteIndex:
         now = self._clock()
         if abs(now - last_used) < self._use_interval:
             return True
-        # On a full disk images are still pulled.
-        return await self._write(lambda database: tables.use_image(database, key, now), True)
+        # On a full disk, or while another process has the file locked, images are still pulled.
+        writing = asyncio.ensure_future(
+            self._write(lambda database: tables.use_image(database, key, now), True)
+        )
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await asyncio.shield(writing)
+        except TimeoutError:
+            return True
 
     async def _look(self, work: Work[T], otherwise: T, thread: "_Thread | None" = None) -> T:
         """Ask for something that can be found out again: if the file can't be read, it isn't known."""
@@ -243,10 +266,40 @@ class SqliteIndex:
     async def _write(self, work: Work[T], otherwise: T) -> T:
         """Change something in one transaction, or not at all when it can't be written."""
         try:
-            return await self._writer.run(partial(_in_transaction, "BEGIN IMMEDIATE", work))
+            return await self._writer.run(partial(self._in_writing, work))
         except sqlite3.DatabaseError as error:
             _log_unless_our_fault(error)
             return otherwise
+
+    async def _remember(self, work: Work[None]) -> bool:
+        """Write something, or keep it in memory until it can be written; return whether it is written."""
+        try:
+            await self._writer.run(partial(self._in_writing, work))
+        except sqlite3.DatabaseError as error:
+            _log_unless_our_fault(error)
+            await self._writer.run(lambda _: self._unwritten.append(work))
+            return False
+        return True
+
+    def _in_writing(self, work: Work[T], database: sqlite3.Connection) -> T:
+        """Do the work in one transaction, after what could not be written before it."""
+
+        def all_of_it(connection: sqlite3.Connection) -> T:
+            for earlier in self._unwritten:
+                earlier(connection)
+            return work(connection)
+
+        try:
+            done = _in_transaction("BEGIN IMMEDIATE", all_of_it, database)
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            # A mistake of ours, which would come again with every write.
+            self._unwritten.clear()
+            raise
+        if self._unwritten:
+            log.info("what could not be remembered is written now", records=len(self._unwritten))
+            self._unwritten.clear()
+            self._unwritten_images.clear()
+        return done
 
 
 class _Thread:
@@ -258,6 +311,9 @@ class _Thread:
 
     async def run(self, work: Work[T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, self._database)
+
+    def wait_for(self, work: Work[T]) -> T:
+        return self._executor.submit(work, self._database).result()
 
     def close(self) -> None:
         self._executor.shutdown()

@@ -1,9 +1,8 @@
 import asyncio
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +116,52 @@ async def test_an_image_is_served_whose_use_can_not_be_written(index: SqliteInde
     clock.now += 100
     index._writer._database.execute("PRAGMA query_only = ON")
     assert await index.use_image(GIT.key) == an_image("git")
+
+
+@contextmanager
+def locked_by_another(folder: Path) -> Iterator[None]:
+    """Hold the lock of a file for writing, as a backup or a stalled disk may."""
+    with closing(sqlite3.connect(folder / NAME, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+async def test_while_another_holds_the_lock_images_are_served_without_waiting_for_it(
+    index: SqliteIndex, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await index.remember_image(GIT, an_image("git"))
+    clock.now += 3600
+    monkeypatch.setattr(sqlite_index, "_PATIENCE", 0.0)
+    with locked_by_another(tmp_path):
+        assert await index.use_image(GIT.key) == an_image("git")
+        assert await index.remember_use(GIT.key)
+
+
+async def test_what_is_made_while_another_holds_the_lock_is_kept_until_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_schema, "_BUSY_TIMEOUT", 0.01)
+    with SqliteIndex(tmp_path) as index, SqliteIndex(tmp_path) as another:
+        with locked_by_another(tmp_path):
+            await index.remember_layer(KEY, a_layer("git"))
+            await index.remember_image(GIT, an_image("git"))
+            assert await index.use_image(GIT.key) == an_image("git")
+            assert await another.use_image(GIT.key) is None
+        await index.remember_image_index(b"{}")
+        assert await another.use_image(GIT.key) == an_image("git")
+        assert await another.layers([KEY]) == {KEY: a_layer("git")}
+        assert await index.use_image(GIT.key) == an_image("git")
+
+
+async def test_what_was_not_written_is_written_when_the_index_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_schema, "_BUSY_TIMEOUT", 0.01)
+    with SqliteIndex(tmp_path) as index, locked_by_another(tmp_path):
+        await index.remember_image(GIT, an_image("git"))
+    with SqliteIndex(tmp_path) as index:
+        assert await index.use_image(GIT.key) == an_image("git")
 
 
 async def test_what_decides_about_deletion_is_never_guessed(index: SqliteIndex, tmp_path: Path) -> None:
@@ -411,41 +456,6 @@ def test_one_process_at_a_time_opens_an_index(tmp_path: Path) -> None:
         assert opener.is_alive()
     opener.join()
     assert (tmp_path / NAME).exists()
-
-
-OPEN_AND_REMEMBER = """
-import asyncio
-import sys
-from pathlib import Path
-from chandlery.builds.sqlite.index import SqliteIndex
-
-async def remember():
-    with SqliteIndex(Path(sys.argv[1])) as index:
-        for number in range(20):
-            await index.remember_resolutions("pin", {f"{sys.argv[2]} {number}": b"{}"})
-
-sys.stdin.readline()
-asyncio.run(remember())
-"""
-
-
-def test_processes_that_start_at_once_share_an_index(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", OPEN_AND_REMEMBER, str(tmp_path), name], stdin=subprocess.PIPE
-        )
-        for name in "abcd"
-    ]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
-    wanted = [f"{name} {number}" for name in "abcd" for number in range(20)]
-    with SqliteIndex(tmp_path) as index:
-        assert sorted(asyncio.run(index.resolutions("pin", wanted))) == sorted(wanted)
 
 
 def test_that_it_can_not_be_opened_on_a_full_disk_is_told_as_that(
