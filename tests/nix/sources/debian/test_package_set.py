@@ -2,21 +2,22 @@ import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from chandlery.errors import DownloadError
+from chandlery.errors import BuildError, DownloadError
 from chandlery.image.name import LATEST
-from chandlery.layers.store_reader import Entry, Layout, StoreReader
+from chandlery.layers.store_reader import Entry, EntryKind, Layout, StoreReader
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.nix import Nix, NixLimits, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.debian.source import DebianSource
-from tests.support.debian_packages import PACKAGES, Deb, Member, program
+from tests.support.debian_packages import PACKAGES, Deb, Member, directory, program, symlink
 from tests.support.debian_repository import SECURITY, SUITE, DebianRepository, Fault, debian_repository
 from tests.support.nix_package_set import resolve
 from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
@@ -343,3 +344,134 @@ class TestAMovingSuite:
 
 
 # What a maintainer script may do
+
+
+class TestHostilePackages:
+    """What a .deb brings is content: nothing is written where its links lead."""
+
+    @staticmethod
+    def published(folder: Path, repository: DebianRepository, *debs: Deb) -> Machine:
+        repository.publish(*debs)
+        source = DebianSource(SUITE, folder, repository.mirrors)
+        return Machine(folder, repository, source, Nix(folder / "nix", NixLimits()))
+
+    @pytest.fixture
+    def repository(self, tmp_path: Path) -> Iterator[DebianRepository]:
+        with debian_repository(tmp_path) as repository:
+            yield repository
+
+    @pytest.mark.parametrize("target", ["/usr/local/bin/victim", "../../../usr/share/doc/victim"])
+    async def test_the_bundle_of_authorities_is_not_written_through_a_link(
+        self, tmp_path: Path, repository: DebianRepository, target: str
+    ) -> None:
+        evil = Deb(
+            "evil",
+            files={
+                "usr/share/ca-certificates/mozilla/a.crt": Member(b"evil\n"),
+                "usr/share/doc/victim": Member(b"as it was"),
+                "etc/ssl/certs/ca-certificates.crt": symlink(target),
+            },
+        )
+        machine = self.published(tmp_path, repository, evil)
+        entries = machine.entries(await machine.build("evil"))
+        assert entries["etc/ssl/certs/ca-certificates.crt"].kind is EntryKind.FILE
+        built = await machine.build("evil")
+        assert machine.read(built, "etc/ssl/certs/ca-certificates.crt") == "evil\n"
+        assert machine.read(built, "usr/share/doc/victim") == "as it was"
+
+    @pytest.mark.parametrize("link", ["etc", "etc/ssl", "etc/ssl/certs"])
+    async def test_no_bundle_is_made_behind_a_link(
+        self, tmp_path: Path, repository: DebianRepository, link: str
+    ) -> None:
+        evil = Deb(
+            "evil",
+            files={
+                "usr/share/ca-certificates/mozilla/a.crt": Member(b"evil\n"),
+                link: symlink("/usr/local/bin"),
+            },
+        )
+        machine = self.published(tmp_path, repository, evil)
+        assert machine.entries(await machine.build("evil"))[link].target == b"/usr/local/bin"
+
+    async def test_an_authority_that_is_a_link_is_not_read(
+        self, tmp_path: Path, repository: DebianRepository
+    ) -> None:
+        folder = "usr/share/ca-certificates/mozilla"
+        evil = Deb(
+            "evil", files={f"{folder}/a.crt": symlink("/etc/passwd"), f"{folder}/b.crt": Member(b"b\n")}
+        )
+        machine = self.published(tmp_path, repository, evil)
+        assert machine.read(await machine.build("evil"), "etc/ssl/certs/ca-certificates.crt") == "b\n"
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"nix-support/permissions": Member(b"4755 0 0 usr/bin/evil\n")},
+            {"nix-support/permissions": symlink("/usr/local/bin/victim")},
+            {"nix-support": symlink("/usr/local/bin")},
+        ],
+    )
+    async def test_what_chandlery_must_know_does_not_come_from_a_deb(
+        self, tmp_path: Path, repository: DebianRepository, files: Mapping[str, Member]
+    ) -> None:
+        machine = self.published(tmp_path, repository, Deb("evil", files=files))
+        with pytest.raises(BuildError, match="it has files in /nix-support"):
+            await machine.build("evil")
+
+    @pytest.mark.parametrize(
+        ("link", "path"),
+        [
+            ("srv/data", "srv/data/file"),
+            ("srv/data", "srv/data/folder/file"),
+            ("srv/data", "srv/data"),
+        ],
+    )
+    async def test_a_deb_is_not_unpacked_behind_a_link_of_another(
+        self, tmp_path: Path, repository: DebianRepository, link: str, path: str
+    ) -> None:
+        """Packages that need each other are unpacked into one output, one after the other."""
+        content = Member(mode=0o700, type=tarfile.DIRTYPE) if path == link else Member(b"evil")
+        first = Deb("a", fields={"Depends": "b"}, files={link: symlink("/usr/local")})
+        second = Deb("b", fields={"Depends": "a"}, files={path: content})
+        machine = self.published(tmp_path, repository, first, second)
+        with pytest.raises(BuildError, match="lies behind a link to /usr/local"):
+            await machine.build("a")
+
+    async def test_a_deb_may_fill_a_folder_that_another_links_to(
+        self, tmp_path: Path, repository: DebianRepository
+    ) -> None:
+        first = Deb(
+            "a", fields={"Depends": "b"}, files={"opt/old": symlink("new"), "opt/new/a": Member(b"a")}
+        )
+        second = Deb("b", fields={"Depends": "a"}, files={"opt/old/b": Member(b"b")})
+        machine = self.published(tmp_path, repository, first, second)
+        built = await machine.build("a")
+        assert machine.read(built, "opt/new/b") == "b"
+        assert machine.entries(built)["opt/old"].target == b"new"
+
+    async def test_a_link_that_leads_out_of_the_output_is_not_followed(
+        self, tmp_path: Path, repository: DebianRepository
+    ) -> None:
+        first = Deb("a", fields={"Depends": "b"}, files={"opt": symlink("../../usr/local")})
+        second = Deb("b", fields={"Depends": "a"}, files={"opt/file": Member(b"evil")})
+        machine = self.published(tmp_path, repository, first, second)
+        with pytest.raises(BuildError, match="a link leads out of the package"):
+            await machine.build("a")
+
+
+class TestShapesOfSuites:
+    """What the essential packages of other suites look like."""
+
+    async def test_base_files_may_bring_the_links_of_a_merged_usr(self, tmp_path: Path) -> None:
+        """As it does since trixie."""
+        links = {name: symlink(f"usr/{name}") for name in ("bin", "sbin", "lib", "lib64")}
+        base = Deb(
+            "base-files", files={**links, "usr/bin": directory(), "etc/debian_version": Member(b"13\n")}
+        )
+        with debian_repository(tmp_path) as repository:
+            repository.publish(base)
+            source = DebianSource(SUITE, tmp_path, repository.mirrors)
+            machine = Machine(tmp_path, repository, source, Nix(tmp_path / "nix", NixLimits()))
+            built = await machine.build("base-files")
+            assert machine.read(built, "etc/debian_version") == "13\n"
+            assert not {"bin", "usr/lib", "usr/bin/bin", "usr/sbin"} & machine.entries(built).keys()
