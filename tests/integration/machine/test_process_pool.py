@@ -127,16 +127,17 @@ async def test_what_a_packer_was_killed_in_is_done_once_more(packers: ProcessPoo
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reading = asyncio.create_task(packers.run(Path.read_bytes, pipe))
-    # Each opens when a packer does.
+    # Each opens when a packer does. The first is closed before another packer opens the pipe, which would
+    # read nothing from it; the second is opened when the first packer is gone, which would read no more.
     with await asyncio.to_thread(pipe.open, "wb"):
         os.kill(process, signal.SIGKILL)
-        await packers_gone(process)
+    await gone(process)
     with await asyncio.to_thread(pipe.open, "wb") as file:
         file.write(b"read")
     assert await reading == b"read"
 
 
-async def packers_gone(process: int) -> None:
+async def gone(process: int) -> None:
     async with asyncio.timeout(10):
         while Path(f"/proc/{process}").exists():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
