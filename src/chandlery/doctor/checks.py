@@ -221,6 +221,12 @@ async def _sandbox(aside: Settings, made: asyncio.Lock) -> Outcome:
     try:
         nix, _ = await _opened(aside, made)
         await nix.check_build()
+        if not await nix.protects_this_machine():
+            return Outcome(
+                "Nix builds in its sandbox, and builders could change files of this machine",
+                Status.WARNING,
+                "run the server as an ordinary user, or let root make mount namespaces (CAP_SYS_ADMIN)",
+            )
     except ChandleryError as error:
         return Outcome(without_secrets(str(error)), Status.FAILURE, _why_no_namespaces())
     return Outcome("Nix builds in its sandbox")

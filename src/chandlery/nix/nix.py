@@ -6,6 +6,7 @@ can read nothing but itself, and with limits of time and memory (see `nix.evalua
 
 import asyncio
 import hashlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +48,7 @@ from chandlery.nix.output import (
 )
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.nix.process import Result, StoppedError, run
+from chandlery.nix.read_only import read_only
 from chandlery.nix.store_lock import Reader, StoreLock
 from chandlery.telemetry.build_timings import Timings
 
@@ -71,6 +73,7 @@ class Nix:
         self._limits = limits
         self._configuration = NixConfiguration(folder, limits, options or NixOptions())
         self._database = NixDatabase(folder) if folder else None
+        self._has_mount_namespaces: bool | None = None
         # Collectors of the machine's store know of no lock of ours.
         self._lock = StoreLock(folder, limits.begun_after) if folder else None
 
@@ -80,11 +83,39 @@ class Nix:
         return (self._folder / "nix/store") if self._folder else Path("/nix/store")
 
     async def check(self) -> str:
-        """Make sure that Nix and its store can be used; give its version. `NixError` says what to do."""
+        """Make sure that Nix and its store can be used; return its version. `NixError` says what to do."""
         version = (await self._run("nix-store", "--version", timeout=60.0)).stdout.strip()
         # Makes the store's folders and its database.
         await self._run("nix-store", "--verify-path", timeout=60.0)
         return version
+
+    async def protects_this_machine(self) -> bool:
+        """Return whether builders can't change what they see of this machine."""
+        return self._folder is None or os.geteuid() != 0 or bool(await self._before_commands())
+
+    async def _before_commands(self) -> Sequence[str]:
+        """Return what stands before commands so that builders can't change what they see of this machine."""
+        if self._folder is None or os.geteuid() != 0:
+            return ()
+        seen = (*host_paths(), *self._configuration.options.host_paths)
+        before = read_only(seen, self._folder)
+        if self._has_mount_namespaces is None:
+            self._has_mount_namespaces = await self._try_mount_namespace(before)
+        return before if self._has_mount_namespaces else ()
+
+    async def _try_mount_namespace(self, before: Sequence[str]) -> bool:
+        try:
+            tried = await run((*before, "true"), self._configuration.environment(Purpose.OWN), Limits(60.0))
+            reason = "" if tried.code == 0 else last_error(tried.stderr)
+        except NixError as error:
+            reason = str(error)
+        if reason:
+            log.warning(
+                "builders could change this machine, since root's Nix can't have a mount namespace: "
+                "run the server as an ordinary user",
+                reason=reason,
+            )
+        return not reason
 
     async def check_build(self) -> None:
         """Make sure that this machine lets Nix build; `NixError` says what to do.
@@ -378,7 +409,10 @@ class Nix:
     ) -> Result:
         """Run one of Nix's programs; after `timeout` seconds it is stopped, and `StoppedError` raised."""
         environment = self._configuration.environment(purpose)
-        result = await run((program, *arguments), environment, Limits(timeout, memory=memory), on_output)
+        before = await self._before_commands()
+        result = await run(
+            (program, *arguments), environment, Limits(timeout, memory=memory), on_output, before
+        )
         if result.code != 0 and self._is_full(result.stderr):
             raise StorageFullError(str(self.store_root))
         if check and result.code != 0:

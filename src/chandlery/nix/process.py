@@ -3,6 +3,7 @@
 What Nix does, and what it builds, yields to serving; a daemon's builders are the daemon's.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,15 +30,20 @@ async def run(
     environment: Mapping[str, str],
     limits: Limits,
     on_output: Callable[[bytes], object] | None = None,
+    before: Sequence[str] = (),
 ) -> Result:
-    """Run a program to its end; `on_output` gets stderr as it comes.
+    """Run a program to its end, by way of `before`, if it is given; `on_output` gets stderr as it comes.
 
     Raises `StoppedError` at the limit of time, `NixMissingError` if there is no such program, and `NixError`
     if it says more than can be meant.
     """
     name = command[0]
+    if before and shutil.which(name, path=environment.get("PATH")) is None:
+        raise NixMissingError(name)
     try:
-        finished = await program.run(command, environment, limits, background=True, on_output=on_output)
+        finished = await program.run(
+            (*before, *command), environment, limits, background=True, on_output=on_output
+        )
     except ProgramMissingError as error:
         raise NixMissingError(name) from error
     except TimeLimitError as error:

@@ -7,6 +7,7 @@ from chandlery.plan.popularity import Popularity
 from chandlery.telemetry import logs
 from tests.support.package_sets import SOURCE
 from tests.support.plan_commands import run
+from tests.support.servers import HOST_PATHS
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +15,7 @@ def _data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The runner's stderr is closed when it is done, and loggers of other tests would still write there.
     monkeypatch.setattr(logs, "configure", lambda _: None)
     monkeypatch.setenv("CHANDLERY_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CHANDLERY_HOST_PATHS", HOST_PATHS)
 
 
 @pytest.fixture

@@ -353,6 +353,7 @@ class WatchedNix(Nix):
         return answer
 
 
+@pytest.mark.slow
 async def test_what_loops_is_told_from_what_was_asked_for_with_it(store: Path) -> None:
     nix = WatchedNix(store, NixLimits(evaluation_timeout=2.0), OFFLINE)
     names = [*("hello", "jq", "loops"), *("SDL2", "bash", "throws", "greeter", "unrar")]
@@ -369,6 +370,7 @@ async def test_what_loops_is_told_from_what_was_asked_for_with_it(store: Path) -
     assert isinstance(error_of({"loops": answers["loops"]}), EvaluationTimeoutError)
 
 
+@pytest.mark.slow
 async def test_however_many_loop_the_answer_comes_in_time(store: Path, tmp_path: Path) -> None:
     nix = WatchedNix(store, NixLimits(evaluation_timeout=1.0), OFFLINE)
     (tmp_path / "overlay.nix").write_text(
