@@ -16,6 +16,7 @@ import structlog
 
 from chandlery import errors
 from chandlery.errors import ChandleryError
+from chandlery.machine.age import age_of
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -63,7 +64,7 @@ class FailedBuilds:
         """Forget what is over."""
         for file in self._folder.glob(f"*{_SUFFIX}*"):
             with suppress(OSError):
-                if file.stat().st_mtime + self._seconds < time.time():
+                if age_of(file) > self._seconds:
                     file.unlink()
 
     def _file(self, key: str) -> Path:

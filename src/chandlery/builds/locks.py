@@ -7,13 +7,13 @@ of this machine (`FileBuildLocks`) or kept where several machines see them;
 """
 
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
+from chandlery.machine.age import age_of
 from chandlery.machine.disk_errors import storage_errors
 from chandlery.machine.locks import open_locked, try_lock
 
@@ -124,9 +124,7 @@ class FileBuildLocks:
 
     async def last_waiter(self, key: str) -> float:
         """See `BuildLocks`."""
-        with suppress(OSError):
-            return max(0.0, time.time() - self._file(key).stat().st_mtime)
-        return float("inf")
+        return age_of(self._file(key))
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{key}{_SUFFIX}"

@@ -9,7 +9,6 @@ go down, and of its builds those stay that have ended.
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from chandlery.machine.age import age_of
 from chandlery.telemetry.metrics import Figures
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -72,9 +72,9 @@ class WorkerReports:
             if file == self._file:
                 continue
             with suppress(OSError, msgspec.DecodeError):
-                written_at = file.stat().st_mtime
+                is_fresh = age_of(file) < _SILENCE
                 report = msgspec.json.decode(file.read_bytes(), type=Report)
-                yield report if time.time() - written_at < _SILENCE else _left(report)
+                yield report if is_fresh else _left(report)
 
 
 def _left(report: Report) -> Report:

@@ -305,7 +305,7 @@ class FlakeSource:
                 used[folder.name] = (folder / "whole").stat().st_mtime
         by_worth = sorted(used, key=lambda each: (rank.get(each, len(rank)), -used[each], each))
         for revision in by_worth[_MOST_REVISIONS:]:
-            if self._clock() - used[revision] >= _IN_USE:
+            if abs(self._clock() - used[revision]) >= _IN_USE:
                 log.info("a revision is removed", source=self.text, revision=revision)
                 shutil.rmtree(self._roots / revision, ignore_errors=True)
 

@@ -163,7 +163,8 @@ class SourceTrees:
             return 0.0
 
     def _is_in_use(self, revision: str) -> bool:
-        return self._clock() - self._last_use(revision) < self._in_use_for
+        # One that was used in what is the future now tells nothing: the clock was wrong then.
+        return abs(self._clock() - self._last_use(revision)) < self._in_use_for
 
     def _remove_old(self) -> None:
         rank = {revision: number for number, revision in enumerate(self._wanted)}

@@ -61,6 +61,9 @@ async def test_when_a_client_last_waited_for_a_build_is_the_time_of_its_file(
     assert await here.last_waiter("git") > 900
     await FileBuildLocks(tmp_path, 2).note_waiter("git")
     assert await here.last_waiter("git") < 900
+    ahead = time.time() + 1000
+    os.utime(tmp_path / "git.building", (ahead, ahead))
+    assert await here.last_waiter("git") == float("inf")
 
 
 async def test_where_nothing_can_be_written_builds_are_not_kept_apart(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import structlog
 
 from chandlery.errors import SourceUnavailableError, SuiteNotFoundError
 from chandlery.machine import program
+from chandlery.machine.age import age_of
 from chandlery.machine.durable import durably_replace
 from chandlery.machine.locks import holding
 from chandlery.machine.process_pool import ProcessPool
@@ -148,11 +149,8 @@ class DebianIndex:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def age(self) -> float:
-        """Return how many seconds ago the index was last fetched; infinity if never."""
-        try:
-            return max(0.0, time.time() - (self._folder / "current").stat().st_mtime)
-        except FileNotFoundError:
-            return float("inf")
+        """Return how many seconds ago the index was last fetched; infinity if never, see `age_of`."""
+        return age_of(self._folder / "current")
 
     async def refresh(self, max_age: float = 0.0) -> PinnedIndex:
         """Fetch the index unless it is younger than `max_age` seconds.
@@ -160,11 +158,11 @@ class DebianIndex:
         Several callers, also in other processes, wait for one of them to do it. Raises
         `SourceUnavailableError`; what was kept before stays.
         """
-        began = time.monotonic()
         self._folder.mkdir(parents=True, exist_ok=True)
+        before = self._last_fetch()
         async with holding(self._folder / "lock", make=True):
             # One that waited for another's fetch takes what that gave.
-            if self.age() >= max_age and self.age() > time.monotonic() - began:
+            if self._last_fetch() == before and self.age() >= max_age:
                 await self._fetch()
         pinned = self.current()
         if pinned is None:
@@ -172,6 +170,14 @@ class DebianIndex:
                 f"debian!{self._suite}", "the index was removed while it was fetched"
             )
         return pinned
+
+    def _last_fetch(self) -> tuple[int, int] | None:
+        """Return what is another after each fetch."""
+        try:
+            status = (self._folder / "current").stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     async def _fetch(self) -> None:
         repositories = await self._repositories()

@@ -217,6 +217,18 @@ async def test_two_refreshes_at_once_fetch_once(
     assert repository.requests.count(f"/debian/dists/{SUITE}/InRelease") == 1
 
 
+async def test_an_index_that_was_fetched_when_the_clock_was_ahead_is_fetched_again(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    before = await index.refresh()
+    ahead = time.time() + 864_000
+    os.utime(index._folder / "current", (ahead, ahead))
+    repository.publish(Deb("bash", "99"), release=SECURITY)
+    after = await index.refresh(max_age=3600.0)
+    assert after.revision != before.revision
+    assert index.age() < 3600.0
+
+
 async def test_only_an_index_that_is_old_enough_is_fetched(
     tmp_path: Path, repository: DebianRepository, index: DebianIndex
 ) -> None:
