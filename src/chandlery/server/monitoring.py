@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from chandlery.access import client_address
-from chandlery.access.client_address import Network, is_trusted
+from chandlery.access.client_address import Network, is_loopback, is_trusted
 from chandlery.builds.build import Build
 from chandlery.builds.build_queue import BuildQueue
 from chandlery.errors import ChandleryError
@@ -54,8 +54,12 @@ class Watchers:
         """Return whether the client is one of them.
 
         Behind a proxy of this machine that isn't trusted, everybody would look like this machine; so who
-        comes through a proxy that doesn't say for whom is nobody.
+        comes through a proxy that doesn't say for whom is nobody. Nor is who asks this machine for another
+        host, as through a proxy or a forwarded port that adds no header, or from a page in a browser whose
+        name was made to lead here.
         """
+        if not _asks_for_itself(request):
+            return False
         address = request.client.host if request.client else ""
         if any(name in request.headers for name in _FORWARDING_HEADERS):
             if not is_trusted(address, self.trusted_proxies):
@@ -63,7 +67,23 @@ class Watchers:
             address = client_address.noted(request)
             if is_trusted(address, self.trusted_proxies):
                 return False
+        elif is_loopback(address) and not is_loopback(_host(request.headers.get("host", ""))):
+            return False
         return is_trusted(address, self.networks)
+
+
+def _host(header: str) -> str:
+    """Return the host of a Host header, without the port (RFC 9110, section 7.2)."""
+    host, _, port = header.rpartition(":")
+    return (host if host and port.isdigit() else header).strip("[]")
+
+
+def _asks_for_itself(request: Request) -> bool:
+    """Return whether no page of another origin sent a browser here (Fetch, "Origin" and "Sec-Fetch-Site")."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    if site is not None and site not in ("same-origin", "none"):
+        return False
+    return origin is None or origin.partition("://")[2] == request.headers.get("host")
 
 
 def count(metrics: Metrics, queue: BuildQueue, folder: Path) -> None:

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class Watched:
 
     def client(self, address: str = "127.0.0.1") -> httpx.AsyncClient:
         transport = httpx.ASGITransport(self.app, client=(address, 1234))
-        return httpx.AsyncClient(transport=transport, base_url="http://registry")
+        return httpx.AsyncClient(transport=transport, base_url="http://localhost:8080")
 
     async def get(self, path: str, address: str = "127.0.0.1", **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -339,3 +339,38 @@ async def test_who_comes_through_a_proxy_is_whom_a_trusted_one_names(
     async with watched(tmp_path, Watchers(LOOPBACK, ONE_PROXY)) as server:
         response = await server.get("/metrics", peer, **forwarded)
     assert (response.status_code == 200) == admitted
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "127.0.0.1:8080"}, 200),
+        ({"host": "[::1]:8080"}, 200),
+        ({"host": "localhost"}, 200),
+        # A proxy or a forwarded port that adds no header: all the world comes from this machine.
+        ({"host": "registry.example.com"}, 403),
+        ({"host": "registry.example.com:8080"}, 403),
+        # A page in a browser on this machine: its name leads here (DNS rebinding), or it asks across origins.
+        ({"host": "evil.example", "origin": "http://evil.example"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://localhost:8080"}, 200),
+        ({"sec_fetch_site": "cross-site"}, 403),
+        ({"sec_fetch_site": "same-site"}, 403),
+        ({"sec_fetch_site": "same-origin"}, 200),
+        ({"sec_fetch_site": "none"}, 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/builds", "/metrics"])
+async def test_who_asks_this_machine_for_something_else_is_no_watcher(
+    server: Watched, path: str, headers: Mapping[str, str], status: int
+) -> None:
+    assert (await server.get(path, **headers)).status_code == status
+
+
+async def test_another_network_may_call_the_server_as_it_is_called_there(tmp_path: Path) -> None:
+    async with watched(tmp_path, Watchers(parse_networks(["10.0.0.0/8"]))) as server:
+        assert (await server.get("/metrics", "10.1.2.3", host="registry.example.com")).status_code == 200
+        evil = {"host": "registry.example.com", "origin": "http://evil.example"}
+        assert (await server.get("/metrics", "10.1.2.3", **evil)).status_code == 403
