@@ -1,7 +1,8 @@
 """The last layer, packed; its functions take arguments that can be sent to another process.
 
 What it holds is decided in `layers.root_filesystem`. An operator's commands may change it first: they run in
-Nix's sandbox over the layer as a tar (`nix/extra_commands.nix`), and give a store path with the root layout.
+Nix's sandbox over the layer as a tar (`nix/expressions/extra_commands.nix`), and return a store path with the
+root layout.
 """
 
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ _TOLD = ("found", "not_found", NotAPackageError.reason)
 
 
 class Resolution(msgspec.Struct, frozen=True, kw_only=True):
-    """What an attribute path gives: a derivation, or why there is none (`nix/resolve.nix`).
+    """What an attribute path gives: a derivation, or why there is none (`nix/expressions/resolve.nix`).
 
     `status` is "found", "not_found" or the `reason` of an `EvaluationError`.
     """

@@ -24,11 +24,11 @@ class PinnedSource:
 
     `kind` and `location` say which source it is (a URL has no credentials), `variant` is a digest of the
     config and overlays that it is evaluated with (empty without any), and `revision` is what it held. `nix`
-    is what `nix/package_set.nix` needs to know beyond that, such as where the lock is: it is no part of the
-    identity. It is None when the source has that revision no longer: what was resolved at it stays valid, and
-    nothing new can be evaluated. `popularity` names a file that never changes, with the package set's own
-    table (see `Popularity`); mostly it is empty. So is `stale`, which says why a newer one could not be asked
-    for.
+    is what `nix/expressions/package_set.nix` needs to know beyond that, such as where the lock is: it is no
+    part of the identity. It is None if the source doesn't have that revision any more: what was resolved at
+    it stays valid, and nothing new can be evaluated. `popularity` names a file that never changes, with the
+    package set's own table (see `Popularity`); mostly it is empty. So is `stale`, which says why a newer
+    one could not be asked for.
     """
 
     kind: str
@@ -78,7 +78,10 @@ class PinnedSource:
         return self.location if "://" in self.location else f"{self.kind}!{self.location}"
 
     def to_nix(self) -> dict[str, Any]:
-        """Return the `source` argument of `nix/package_set.nix`; `RevisionGoneError` if there is none."""
+        """Return the argument `source` of `nix/expressions/package_set.nix`.
+
+        Raises `RevisionGoneError` if the source doesn't have the revision any more.
+        """
         if self.nix is None:
             raise RevisionGoneError(self.text, self.tag)
         return {"kind": self.kind, "location": self.location, **self.nix}

@@ -2,7 +2,7 @@
 
 A source moves (an index is updated, a folder is edited); a pin doesn't. Everything after the pin works with a
 `PinnedSource`, so every build has a key. Adding a source is one class in a module of its own, its entry in
-`sources.kinds`, and one branch in `nix/package_set.nix`.
+`sources.kinds`, and one branch in `nix/expressions/package_set.nix`.
 """
 
 from collections.abc import Mapping, Sequence

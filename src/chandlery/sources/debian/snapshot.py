@@ -1,4 +1,4 @@
-"""A Debian suite's packages, turned into the locked data that `nix/debian.nix` reads. No I/O.
+"""A Debian suite's packages, turned into the locked data that `nix/expressions/debian.nix` reads. No I/O.
 
 A snapshot says which .debs (with their sha256) make up which unit, and which units a unit needs. A unit is a
 set of packages that need each other, mostly one: cycles are condensed, so units form an acyclic graph. The
