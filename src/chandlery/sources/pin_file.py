@@ -4,8 +4,8 @@
     <file>.lock      held while the file is changed
     <file>.damaged   what stood there and was no such file
 
-Files are read and written in threads. What the file had is kept in memory; a second later it is looked
-whether it has changed since.
+The file is read and written in threads. What it had is kept in memory; a second later it is looked whether it
+has changed since.
 """
 
 import asyncio
@@ -111,8 +111,11 @@ class PinFile:
 
     async def _look(self) -> None:
         """Take what another process has written to the file since, if it has."""
+        self._looked_at = time.monotonic()
+        # Each pull from a folder asks. It takes microseconds, and the way to a thread a hundred of them.
+        if self._file_version() in (None, self._version):
+            return
         async with self._turn:
-            self._looked_at = time.monotonic()
             version, table = await asyncio.to_thread(self._load_unless, self._version)
             if table is not None:
                 self._version = version
@@ -168,12 +171,16 @@ class PinFile:
 
     def _load_unless(self, known: tuple[int, int] | None) -> tuple[tuple[int, int] | None, _Table | None]:
         """Return the file's version and content; no content if it has none, or the version is known."""
+        version = self._file_version()
+        return version, None if version in (None, known) else self._load()
+
+    def _file_version(self) -> tuple[int, int] | None:
+        """Return what differs after each change of the file; None if there is none."""
         try:
             status = self._file.stat()
         except OSError:
-            return None, None
-        version = status.st_ino, status.st_mtime_ns
-        return version, None if version == known else self._load()
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def _load(self) -> _Table:
         try:
