@@ -66,7 +66,7 @@ class BlobStore(BlobReader, Protocol):
         ...
 
     def location(self, digest: Digest) -> str:
-        """Say where the blob is: a path, or the address of an object, which isn't secret."""
+        """Say where the blob is: a path if blobs are `on_this_disk`, or an object's address; no secret."""
         ...
 
     def temporary_file(self) -> AbstractContextManager[Path]:

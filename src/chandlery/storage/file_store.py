@@ -38,6 +38,7 @@ class FileBlobStore:
 
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs" / "sha256"
+        self._location = str(self._blobs)
         with storage_errors(root):
             self._blobs.mkdir(parents=True, exist_ok=True)
             for name in _FOLDERS:
@@ -52,11 +53,11 @@ class FileBlobStore:
 
     def path(self, digest: Digest) -> Path:
         """See `BlobStore`."""
-        return self._blobs / digest.hex[:2] / digest.hex
+        return Path(self.location(digest))
 
     def location(self, digest: Digest) -> str:
         """See `BlobStore`."""
-        return str(self.path(digest))
+        return f"{self._location}/{digest.hex[:2]}/{digest.hex}"
 
     async def url(self, digest: Digest, lifetime: float) -> None:
         """See `BlobReader`: this server is the only one that has the files."""
