@@ -40,7 +40,7 @@ async def table(data_dir: Path) -> Table:
         pin = await parts.sources.of("").pin(LATEST, Platform.of_host())
         system = Platform.of_host().nix_system
         resolver = PackageResolver(parts.stores.nix, parts.stores.index)
-        configuration = NixConfiguration(data_dir / "nix", NixLimits(), NixOptions())
+        configuration = NixConfiguration(data_dir / "nix", NixLimits(), NixOptions(), data_dir)
         environment = configuration.environment(Purpose.OWN)
         source = pin.to_nix()
         run = partial(subprocess.run, env=environment, check=True, capture_output=True)

@@ -53,7 +53,7 @@ async def table(data_dir: Path) -> Table:
         for package in _PACKAGES:
             closure, groups = await realised(parts, settings, package)
             with tempfile.TemporaryDirectory(dir=data_dir, prefix="bench-") as temporary:
-                layers = _Layers(parts.stores.nix.store_root, groups, settings, Path(temporary))
+                layers = _Layers(parts.nix("").store_root, groups, settings, Path(temporary))
                 tars = layers.tars()
                 megabytes = sum(len(block) for blocks in tars for block in blocks) / 1e6
                 times = [(await layers.pack(packers), layers.pack_by_parts(tars)) for _ in range(_TIMES)]
@@ -78,12 +78,13 @@ async def realised(
     """Return the closure of some packages, built, and its groups, as an image of the Debian set has them."""
     request = of_parts(packages, LATEST, NamePrefixes(Platform.of_host()))
     pin = await parts.sources.of("").pin(LATEST, request.platform)
+    nix = parts.stores.nix.of(pin)
     resolver = PackageResolver(parts.stores.nix, parts.stores.index)
     found = await resolver.resolve(pin, request.platform.nix_system, request.all_packages)
     derivations = [each.derivation for each in found.values()]
     roots = settings.data_dir / "bench.roots" / "-".join(packages)
-    await parts.stores.nix.realise(derivations, roots, settings.data_dir / "bench.log")
-    closure = await parts.stores.nix.closure(each.store_path for each in found.values())
+    await nix.realise(derivations, roots, settings.data_dir / "bench.log")
+    closure = await nix.closure(each.store_path for each in found.values())
     popularity = Popularity.parse(Path(pin.popularity).read_bytes()) if pin.popularity else Popularity()
     budget = min(settings.max_layers - 1, MOST_STORE_PATH_LAYERS)
     groups = STRATEGIES[settings.layer_strategy](closure, popularity, budget)

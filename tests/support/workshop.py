@@ -18,6 +18,7 @@ from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.configuration import host_paths
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
+from chandlery.nix.stores import NixStores
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, ManifestFormat, PackedLayer, Platform
 from chandlery.plan.popularity import Popularity
@@ -96,7 +97,7 @@ class Workshop:
 
     @property
     def stores(self) -> Stores:
-        return Stores(self.folder, self.nix, self.blobs, self.index, self.leases)
+        return Stores(self.folder, NixStores.of_one(self.nix), self.blobs, self.index, self.leases)
 
     async def image(self, *parts: str) -> BuiltImage:
         return await self.images.image(a_request(*parts))
@@ -158,7 +159,7 @@ async def opened(
         Leases(folder) as leases,
     ):
         await nix.check()
-        stores = Stores(folder, nix, blobs, index, leases)
+        stores = Stores(folder, NixStores.of_one(nix), blobs, index, leases)
         sources = Sources.of_one(source)
         table = popularity or Popularity()
         async with Images(sources, stores, options, capacity, popularity=table) as images:

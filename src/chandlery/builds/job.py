@@ -5,6 +5,7 @@ from pathlib import Path
 
 from chandlery.builds.build import Build
 from chandlery.builds.recipe import Recipe
+from chandlery.nix.nix import Nix
 from chandlery.storage.leases import Lease
 
 
@@ -12,10 +13,12 @@ from chandlery.storage.leases import Lease
 class Job:
     """A build, and what keeps all that it needs from collectors meanwhile.
 
-    `roots` is a folder of links for Nix's garbage collector, `lease` is for blobs.
+    `nix` has the store of its package set, `roots` is a folder of links for Nix's garbage collector, and
+    `lease` is for blobs.
     """
 
     build: Build
+    nix: Nix
     roots: Path
     lease: Lease
 

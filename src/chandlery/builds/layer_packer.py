@@ -37,8 +37,7 @@ class LayerPacker:
 
     async def known(self, job: Job, groups: Sequence[LayerGroup]) -> dict[LayerGroup, PackedLayer]:
         """Return the layers of those groups that were packed before, and are there."""
-        compression = COMPRESSIONS[job.recipe.options.compression]
-        keys = {group: layer_key(group.store_paths, compression) for group in groups}
+        keys = {group: _key(job, group) for group in groups}
         recorded = await self._stores.index.layers(list(keys.values()))
         found = {group: recorded[key] for group, key in keys.items() if key in recorded}
         await job.lease.take(*(layer.descriptor.digest for layer in found.values()))
@@ -51,8 +50,7 @@ class LayerPacker:
 
     async def pack(self, job: Job, group: LayerGroup) -> PackedLayer:
         """Return a group's layer, packing it unless it is known; never twice at once."""
-        compression = job.recipe.options.compression
-        key = layer_key(group.store_paths, COMPRESSIONS[compression])
+        key = _key(job, group)
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
             recorded = await self._stores.index.layers([key])
@@ -64,8 +62,9 @@ class LayerPacker:
             self._metrics.looked_up("layer", misses=1)
             with self._stores.blobs.temporary_file() as file:
                 with job.build.timings.during(Work.PACK):
+                    compression = job.recipe.options.compression
                     packed = await self._pool.run(
-                        pack_store_paths, self._stores.nix.store_root, group.store_paths, compression, file
+                        pack_store_paths, job.nix.store_root, group.store_paths, compression, file
                     )
                 await self.put(job, packed, file)
             await self._stores.index.remember_layer(key, packed)
@@ -78,3 +77,9 @@ class LayerPacker:
         with job.build.timings.during(Work.STORE):
             await self._stores.blobs.put(layer.descriptor.digest, file, layer.descriptor.media_type)
         self._metrics.packed(layer.descriptor.size)
+
+
+def _key(job: Job, group: LayerGroup) -> str:
+    return layer_key(
+        group.store_paths, COMPRESSIONS[job.recipe.options.compression], job.recipe.pin.trust_domain
+    )

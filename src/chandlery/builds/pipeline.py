@@ -147,7 +147,7 @@ class Pipeline:
         roots = self._temporary.path / build.id
         try:
             async with self._stores.leases.lease() as lease:
-                yield Job(build, roots, lease)
+                yield Job(build, self._stores.nix.of(build.recipe.pin), roots, lease)
         finally:
             await asyncio.to_thread(shutil.rmtree, roots, ignore_errors=True)
 
@@ -157,7 +157,7 @@ class Pipeline:
         async with SpeculativePacking(job, self._packer, plan) as early:
             resolutions = await self._resolve_and_realise(job, early)
             roots = _closure_roots(recipe.request, resolutions, recipe.options.root_layer.contents)
-            closure = await self._stores.nix.closure(roots)
+            closure = await job.nix.closure(roots)
             log.info(
                 "realised",
                 build=job.build.id,
@@ -196,7 +196,7 @@ class Pipeline:
     async def _resolve_and_realise(self, job: Job, early: SpeculativePacking) -> Mapping[str, Resolution]:
         """Resolve the packages and build them; what was resolved once may have been collected since."""
         attempt, request = 0, job.recipe.request
-        async with self._stores.nix.beginning() as lock:
+        async with job.nix.beginning() as lock:
             while True:
                 attempt += 1
                 job.build.step("resolve")
@@ -210,7 +210,7 @@ class Pipeline:
                 log.info("resolved", build=job.build.id, packages=len(resolutions))
                 job.build.step("realise")
                 wanted = sorted({each.store_path for each in resolutions.values()})
-                if await self._stores.nix.protect_known(wanted, job.roots / "known"):
+                if await job.nix.protect_known(wanted, job.roots / "known"):
                     return resolutions
                 lock.realising()
                 try:
@@ -231,7 +231,7 @@ class Pipeline:
         that were asked for the same packages can wait for each other for ever. What is only needed it lets
         go.
         """
-        nix, own = self._stores.nix, job.recipe.pin.builders_are_own
+        nix, own = job.nix, job.recipe.pin.builders_are_own
         needed = sorted({(each.derivation, each.output) for each in resolutions.values()})
         described = [{"derivation": derivation, "output": output} for derivation, output in needed]
         arguments = {
@@ -255,7 +255,7 @@ class Pipeline:
         final = job.recipe.options.compression
         first = "none" if options.extra_commands else final
         main = main_package(request, resolutions)
-        store = self._stores.nix.store_root
+        store = job.nix.store_root
         with self._stores.blobs.temporary_file() as file:
             with job.build.timings.during(Work.PACK):
                 packed = await self._pool.run(
@@ -272,7 +272,7 @@ class Pipeline:
 
     async def _run_extra_commands(self, job: Job, layer: Path) -> StorePath:
         """Run the operator's commands over a layer in Nix's sandbox; `BuildError` when they fail."""
-        nix, roots = self._stores.nix, job.roots / "extra-commands"
+        nix, roots = job.nix, job.roots / "extra-commands"
         tar = await nix.add(layer, job.roots / "root-filesystem")
         script = job.recipe.options.root_layer.extra_commands
         arguments = {"layer": str(tar), "script": script}

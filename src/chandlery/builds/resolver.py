@@ -13,8 +13,9 @@ import structlog
 from chandlery.builds.index import ResolutionRecords
 from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
 from chandlery.image.nearest import nearest
-from chandlery.nix.nix import Nix, Resolution
+from chandlery.nix.nix import Resolution
 from chandlery.nix.pinned_source import PinnedSource
+from chandlery.nix.stores import NixStores
 from chandlery.oci.digest import Digest
 from chandlery.telemetry.metrics import Metrics
 
@@ -34,7 +35,7 @@ _SIMILAR_WITH_DOTS = 0.75
 class PackageResolver:
     """Resolves in any pinned source, for any system (`x86_64-linux`)."""
 
-    def __init__(self, nix: Nix, index: ResolutionRecords, metrics: Metrics | None = None) -> None:
+    def __init__(self, nix: NixStores, index: ResolutionRecords, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
         self._nix = nix
         self._index = index
@@ -56,7 +57,7 @@ class PackageResolver:
         self._metrics.looked_up("resolution", hits=len(known), misses=len(unknown))
         if not unknown:
             return known
-        answers = await self._nix.resolve(pin, system, unknown)
+        answers = await self._nix.of(pin).resolve(pin, system, unknown)
         missing = [path for path in unknown if answers[path].status == "not_found"]
         if missing:
             raise PackagesNotFoundError(missing, await self._suggestions(pin, system, missing))
@@ -96,7 +97,7 @@ class PackageResolver:
         place = (*pin.key_parts, system, *parent)
         names = self._names.get(place)
         if names is None:
-            names = await self._nix.attribute_names(pin, system, parent)
+            names = await self._nix.of(pin).attribute_names(pin, system, parent)
             # A package set may have 100,000 names: those of a source's earlier pins are let go.
             self._names = {
                 known: of

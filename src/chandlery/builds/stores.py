@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chandlery.builds.index import BuildIndex
-from chandlery.nix.nix import Nix
+from chandlery.nix.stores import NixStores
 from chandlery.storage.blob_store import BlobStore
 from chandlery.storage.leases import Leases
 
@@ -14,7 +14,7 @@ class Stores:
     """The stores of one data folder, `folder`."""
 
     folder: Path
-    nix: Nix
+    nix: NixStores
     blobs: BlobStore
     index: BuildIndex
     leases: Leases

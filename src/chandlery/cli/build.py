@@ -156,7 +156,8 @@ class _Built:
 async def _build(settings: Settings, request: ImageRequest, wanted: _Wanted) -> _Built:
     async with open_parts(settings) as parts:
         with TemporaryFolder(settings.data_dir / "tmp") as temporary:
-            contents = [await _store_path(parts.stores.nix, text, temporary.path) for text in wanted.contents]
+            nix = parts.nix(request.source)
+            contents = [await _store_path(nix, text, temporary.path) for text in wanted.contents]
             root_layer = RootLayerOptions(*wanted.owner, tuple(contents), wanted.extra_commands)
             # Nobody renews pins in the background here, so whoever waits waits for that too.
             await parts.sources.refresh(request.source)

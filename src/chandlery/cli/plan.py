@@ -200,14 +200,15 @@ async def _image(settings: Settings, packages: Sequence[str], chosen: Popularity
         with TemporaryFolder(settings.data_dir / "tmp") as temporary:
             derivations = [each.derivation for each in found.values()]
             roots, build_log = temporary.path / "roots", temporary.path / "log"
-            await stores.nix.realise(derivations, roots, build_log, own=pin.builders_are_own)
-            closure = await stores.nix.closure(each.store_path for each in found.values())
+            nix = stores.nix.of(pin)
+            await nix.realise(derivations, roots, build_log, own=pin.builders_are_own)
+            closure = await nix.closure(each.store_path for each in found.values())
         compression = COMPRESSIONS[settings.compression]
         known = {}
         for each in STRATEGIES.values():
             budget = min(settings.max_layers - 1, MOST_STORE_PATH_LAYERS)
             for group in each(closure, popularity, budget):
-                key = layer_key(group.store_paths, compression)
+                key = layer_key(group.store_paths, compression, pin.trust_domain)
                 packed = await stores.index.layers([key])
                 known[group.store_paths] = packed[key].descriptor.size if key in packed else 0
         return PlannedImage(closure, popularity, lambda group: known.get(group.store_paths))

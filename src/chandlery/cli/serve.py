@@ -22,9 +22,10 @@ from chandlery.cli.options import Compression, DataDir, MaxLayers, SettingsFile,
 from chandlery.errors import SettingsError
 from chandlery.image.name import LATEST
 from chandlery.machine.temporary_folder import TemporaryFolder
+from chandlery.nix.stores import MIXED, UNMIXED
 from chandlery.plan.popularity import Popularity
 from chandlery.server.app import create_app
-from chandlery.server.parts import access_control, certificate, open_parts
+from chandlery.server.parts import access_control, certificate, open_parts, trust_domains
 from chandlery.server.tls import OLDEST_PROTOCOL, CertificateCopy
 from chandlery.settings.settings import Settings
 from chandlery.settings.values import without_secrets
@@ -161,7 +162,9 @@ async def _check(settings: Settings, copy: CertificateCopy | None) -> Popularity
         access_control(settings)
         if copy:
             await asyncio.to_thread(copy.update)
-        await parts.stores.nix.check_build()
+        await parts.nix("").check_build()
+        if parts.stores.nix.mix(trust_domains(parts.sources)):
+            log.warning(f"{MIXED}: {UNMIXED}")
         await parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0])
         return parts.popularity
 

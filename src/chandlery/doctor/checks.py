@@ -24,11 +24,19 @@ import httpx
 from chandlery.access.users import Users
 from chandlery.doctor.certificate import CertificateRefusedError, good_until
 from chandlery.doctor.examination import Check, Outcome, Status, in_thread
-from chandlery.errors import ChandleryError
+from chandlery.errors import ChandleryError, SettingsError
 from chandlery.image.name import LATEST
 from chandlery.maintenance.run_marker import RunMarker
 from chandlery.nix.nix import Nix
-from chandlery.server.parts import access_control, certificate, configured_popularity, open_nix, open_sources
+from chandlery.nix.stores import MIXED, UNMIXED
+from chandlery.server.parts import (
+    access_control,
+    certificate,
+    configured_popularity,
+    open_nix,
+    open_sources,
+    trust_domains,
+)
 from chandlery.settings.settings import Settings, SourceSettings
 from chandlery.settings.values import without_secrets
 from chandlery.storage.kinds import open_blob_store
@@ -181,7 +189,7 @@ def _memory_limit() -> int | None:
 
 async def _opened(settings: Settings, made: asyncio.Lock) -> tuple[Nix, str]:
     """Return a Nix that has its store, and the version; Nix 2.8 fails if two make a store at once."""
-    nix = open_nix(settings)
+    nix = open_nix(settings).own
     async with made:
         return nix, await nix.check()
 
@@ -204,7 +212,17 @@ async def _nix(settings: Settings, aside: Settings, made: asyncio.Lock) -> Outco
     if numbers < _OLDEST_TESTED_NIX:
         tested = ".".join(map(str, _OLDEST_TESTED_NIX))
         return Outcome(f"{text}: it is older than {tested}, the oldest that is tested", Status.WARNING)
+    if _mixed(aside):
+        return Outcome(f"{text}: {MIXED}", Status.WARNING, UNMIXED)
     return Outcome(text)
+
+
+def _mixed(aside: Settings) -> bool:
+    nix = open_nix(aside)
+    try:
+        return nix.mix(trust_domains(open_sources(aside, nix)))
+    except SettingsError:
+        return False  # the check of that source says why
 
 
 def _missing_store(settings: Settings) -> Outcome | None:
@@ -248,9 +266,7 @@ def _why_no_namespaces() -> str:
 
 
 async def _source(aside: Settings, name: str, source: SourceSettings, made: asyncio.Lock) -> Outcome:
-    # Only a flake is fetched by Nix.
-    nix = (await _opened(aside, made))[0] if source.location.startswith("flake!") else open_nix(aside)
-    sources = open_sources(_alone(aside, name, source), nix)
+    sources = open_sources(_alone(aside, name, source), open_nix(aside))
     try:
         pinned = await sources.of("").pin(LATEST, sources.platforms("")[0])
         return Outcome(f"{sources.of('').text} is at {pinned.tag}")

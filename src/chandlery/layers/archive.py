@@ -35,6 +35,7 @@ from chandlery.layers.compression import COMPRESSIONS, Compression
 from chandlery.layers.prefetch import ahead
 from chandlery.layers.store_reader import Entry, EntryKind, Reader, StoreReader
 from chandlery.nix.closure import StorePath
+from chandlery.nix.pinned_source import OWN_DOMAIN
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import Descriptor, PackedLayer
 
@@ -67,10 +68,14 @@ _PAX_TYPE = b"x"
 _PAX_NAME = b"PaxHeader"
 
 
-def layer_key(store_paths: Iterable[StorePath], compression: Compression) -> str:
-    """Return the key under which a layer of these store paths is remembered: all that its bytes depend on."""
+def layer_key(store_paths: Iterable[StorePath], compression: Compression, domain: str = OWN_DOMAIN) -> str:
+    """Return the key under which a layer of these store paths is remembered: all that its bytes depend on.
+
+    What a store path holds is known of one store alone, hence the trust domain (`PinnedSource.trust_domain`).
+    """
     texts = sorted(path.text for path in store_paths)
-    return Digest.of_parts([str(ARCHIVE_VERSION), compression.fingerprint, *texts]).hex
+    domains = [domain] if domain != OWN_DOMAIN else []
+    return Digest.of_parts([str(ARCHIVE_VERSION), compression.fingerprint, *domains, *texts]).hex
 
 
 def pack_store_paths(

@@ -20,7 +20,7 @@ Blobs that aren't on this disk, but in a bucket, don't count and stay: then only
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -28,6 +28,7 @@ import structlog
 from chandlery.builds.index import CollectorRecords, RecordedImage
 from chandlery.builds.stores import Stores
 from chandlery.errors import ChandleryError
+from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest
 from chandlery.storage.blob_store import BlobInfo
 
@@ -113,7 +114,7 @@ class GarbageCollector:
             await self.sweep()
         local = self._blobs.on_this_disk
         inventory = await self._blobs.inventory() if local else {}
-        nix = sum((await self._nix_sizes()).values())
+        nix = sum(await self._nix_sizes())
         done = Collected(self._limits.size, sum(info.size for info in inventory.values()), nix)
         if done.limit and done.size > done.limit:
             images = deque(await self._index.least_recently_used() if local else ())
@@ -157,11 +158,10 @@ class GarbageCollector:
         while (surplus := min(done.excess, done.nix - done.freed_nix - share)) > 0 and done.freed_nix > freed:
             freed = done.freed_nix
             if run.dry:
-                sizes, garbage = await self._nix_sizes(), await self._nix.garbage()
-                done.freed_nix = min(freed + surplus, sum(sizes.get(path, 0) for path in garbage))
+                done.freed_nix = min(freed + surplus, sum([await _garbage(nix) for nix in self._nix_stores]))
             else:
-                await self._nix.collect_garbage(surplus)
-                done.freed_nix = done.nix - sum((await self._nix_sizes()).values())
+                await self._collect_nix_stores(surplus)
+                done.freed_nix = done.nix - sum(await self._nix_sizes())
 
     async def _collect_orphans(self, run: "_Run", written_before: float) -> None:
         """Delete the oldest blobs that no image needs."""
@@ -200,9 +200,22 @@ class GarbageCollector:
         run.done.freed_blobs += sum(run.inventory[each].size for each in unneeded if each in run.inventory)
         return len(unneeded)
 
-    async def _nix_sizes(self) -> Mapping[str, int]:
-        """Return the sizes of what may be collected of Nix's store: nothing is, if it is the machine's."""
-        return await self._nix.sizes() if self._nix.owns_store else {}
+    async def _collect_nix_stores(self, surplus: int) -> None:
+        """Free so many bytes of Nix's stores, of the largest first."""
+        sizes = await self._nix_sizes()
+        for nix, size in sorted(zip(self._nix_stores, sizes, strict=True), key=lambda pair: -pair[1]):
+            if surplus > 0:
+                await nix.collect_garbage(surplus)
+                surplus -= size - await _size(nix)
+
+    async def _nix_sizes(self) -> list[int]:
+        """Return how many bytes each of Nix's stores has that may be collected."""
+        return [await _size(nix) for nix in self._nix_stores]
+
+    @property
+    def _nix_stores(self) -> Sequence[Nix]:
+        """The stores that may be collected: the machine's may not."""
+        return [nix for nix in self._nix.existing() if nix.owns_store]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,3 +227,13 @@ class _Run:
     images: deque[RecordedImage]  # the least recently used first
     references: Counter[Digest]  # by images that are kept
     done: Collected
+
+
+async def _size(nix: Nix) -> int:
+    return sum((await nix.sizes()).values())
+
+
+async def _garbage(nix: Nix) -> int:
+    """Return how many bytes of a store nothing protects."""
+    sizes = await nix.sizes()
+    return sum(sizes.get(path, 0) for path in await nix.garbage())

@@ -17,14 +17,13 @@ import msgspec
 from chandlery.builds.sqlite import index as sqlite_index
 from chandlery.builds.sqlite.index import IndexCounts
 from chandlery.maintenance.run_marker import RunMarker
+from chandlery.nix.stores import store_folders
 
 # What stat(2) counts in, whatever blocks the file system has.
 _BLOCK = 512  # bytes
 
 # Files that are smaller aren't compared, in bytes: there are very many, with little in them.
 _WORTH_COMPARING = 64 << 10
-
-_NIX_STORE = "nix/nix/store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class DataFolderStatus(msgspec.Struct, frozen=True):
 # Part, what is counted in it, and how. Whatever stands in none of these is "other files".
 _PARTS: tuple[tuple[str, str, tuple[str, ...], Callable[[Path], Iterator[Path]]], ...] = (
     ("blobs", "blobs", ("blobs",), lambda folder: folder.glob("blobs/sha256/*/*")),
-    ("Nix store", "store paths", ("nix",), lambda folder: _store_paths(folder)),
+    ("Nix store", "store paths", ("nix", "nix-stores"), lambda folder: _store_paths(folder)),
     ("build index", "files", ("build-index-*",), lambda folder: folder.glob("build-index-*")),
     ("package indexes", "indexes", ("debian",), lambda folder: folder.glob("debian/*/current")),
     ("source trees", "trees", ("sources",), lambda folder: folder.glob("sources/*/*/source")),
@@ -132,10 +131,11 @@ class _Survey:
 
 
 def _store_paths(folder: Path) -> Iterator[Path]:
-    """Yield the store paths of Chandlery's own Nix store, without derivations and locks."""
-    for path in _listed(folder / _NIX_STORE):
-        if not path.name.startswith(".") and path.suffix not in (".drv", ".lock", ".chroot"):
-            yield path
+    """Yield the store paths of Chandlery's own Nix stores, without derivations and locks."""
+    for store in store_folders(folder):
+        for path in _listed(store / "nix/store"):
+            if not path.name.startswith(".") and path.suffix not in (".drv", ".lock", ".chroot"):
+                yield path
 
 
 def _kept_twice(folder: Path, survey: _Survey) -> Iterator[KeptTwice]:

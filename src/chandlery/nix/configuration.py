@@ -1,7 +1,7 @@
 """How Nix is configured for a call: the same on every machine, and it sees of this process what it needs.
 
-Nix is configured by NIX_CONFIG. With a store of its own, the machine's configuration counts for nothing; the
-operator may put one for Chandlery's store in its `etc/nix.conf`.
+Nix is configured by NIX_CONFIG. With stores of its own, the machine's configuration counts for nothing; the
+operator may put one for Chandlery's stores into `nix/etc/nix.conf` in the data folder.
 """
 
 import grp
@@ -78,11 +78,15 @@ def host_paths() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class NixConfiguration:
-    """Of one store: `folder` holds a store of Chandlery's own, None stands for the machine's."""
+    """Of one store: `folder` holds a store of Chandlery's own, None stands for the machine's.
+
+    In `files` is what the operator says about stores of Chandlery's own, in a `nix.conf`.
+    """
 
     folder: Path | None
     limits: NixLimits
     options: NixOptions
+    files: Path
 
     def environment(self, purpose: Purpose) -> dict[str, str]:
         """Return the environment of a call."""
@@ -90,7 +94,7 @@ class NixConfiguration:
         environment |= {"LC_ALL": "C.UTF-8", "GIT_TERMINAL_PROMPT": "0"}
         if self.folder is not None:
             # The machine's own configuration is about the machine's own store.
-            environment["NIX_CONF_DIR"] = str(self.folder / "etc")
+            environment["NIX_CONF_DIR"] = str(self.files)
             environment["NIX_USER_CONF_FILES"] = ""
             environment["XDG_CACHE_HOME"] = str(self.folder / "cache")
         settings = self._settings() | self._settings_for(purpose)
@@ -170,6 +174,11 @@ def _own_folders() -> dict[str, str]:
         "XDG_CONFIG_HOME": os.environ.get("XDG_CONFIG_HOME") or str(home / ".config"),
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(home / ".cache"),
     }
+
+
+def builds_as_others() -> bool:
+    """Return whether the machine's Nix builds as users that can't change its store."""
+    return _has_build_users() if os.geteuid() == 0 else not os.access("/nix/store", os.W_OK)
 
 
 def _has_build_users() -> bool:

@@ -66,12 +66,22 @@ _KEPT_LINES, _LONGEST_KEPT = 4000, 8192
 
 
 class Nix:
-    """Nix with one store: `folder` holds a store of Chandlery's own, None stands for the machine's."""
+    """Nix with one store: `folder` holds a store of Chandlery's own, None stands for the machine's.
 
-    def __init__(self, folder: Path | None, limits: NixLimits, options: NixOptions | None = None) -> None:
+    `files` is where the operator's `nix.conf` may be, if not in the store's `etc`.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        limits: NixLimits,
+        options: NixOptions | None = None,
+        files: Path | None = None,
+    ) -> None:
         self._folder = folder
         self._limits = limits
-        self._configuration = NixConfiguration(folder, limits, options or NixOptions())
+        files = files or (folder or Path()) / "etc"
+        self._configuration = NixConfiguration(folder, limits, options or NixOptions(), files)
         self._database = NixDatabase(folder) if folder else None
         self._has_mount_namespaces: bool | None = None
         # Collectors of the machine's store know of no lock of ours.

@@ -15,6 +15,10 @@ from chandlery.errors import RevisionGoneError
 REVISION_TAG_LENGTH = 16
 
 NIXPKGS = "https://github.com/NixOS/nixpkgs"
+
+# The trust domain of what Chandlery's own expressions describe.
+OWN_DOMAIN = ""
+
 _LOCAL = re.compile(r"(?:path:|(?:git\+|tarball\+)?file:(?://)?)?(/[^?]*)(?:\?.*)?", re.DOTALL)
 
 
@@ -48,6 +52,11 @@ class PinnedSource:
     def builders_are_own(self) -> bool:
         """Whether its builders are Chandlery's own, so that they may see what they need of this machine."""
         return self.kind == "debian"
+
+    @property
+    def trust_domain(self) -> str:
+        """Who can change what it builds; see `trust_domain`."""
+        return trust_domain(self.kind, self.location)
 
     @property
     def is_pure(self) -> bool:
@@ -85,3 +94,11 @@ class PinnedSource:
         if self.nix is None:
             raise RevisionGoneError(self.text, self.tag)
         return {"kind": self.kind, "location": self.location, **self.nix}
+
+
+def trust_domain(kind: str, location: str) -> str:
+    """Return a text that two sources share only if whoever can change the one can change the other.
+
+    All suites of the Debian set are one: its builders are Chandlery's, and run nothing of what they unpack.
+    """
+    return OWN_DOMAIN if kind == "debian" else f"{kind}!{location}"

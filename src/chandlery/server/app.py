@@ -123,7 +123,7 @@ def _readiness(parts: Parts) -> Readiness:
     return Readiness(
         {
             "storage": parts.stores.blobs.check,
-            "nix": parts.stores.nix.check,
+            "nix": parts.check_nix,
             "source": lambda: parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0]),
         }
     )

@@ -26,6 +26,8 @@ from chandlery.machine.download import Address, DownloadFailedError
 from chandlery.maintenance.garbage_collector import use_interval
 from chandlery.nix.configuration import NixOptions
 from chandlery.nix.nix import Nix, NixLimits
+from chandlery.nix.pinned_source import trust_domain
+from chandlery.nix.stores import NixStores
 from chandlery.oci.documents import Platform
 from chandlery.plan.popularity import Popularity
 from chandlery.server.tls import CertificateCopy
@@ -35,7 +37,7 @@ from chandlery.sources import kinds
 from chandlery.sources.configured import ConfiguredSource, Sources
 from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.nixpkgs import NixpkgsAddresses
-from chandlery.sources.package_source import SourceOptions
+from chandlery.sources.package_source import PackageSource, SourceOptions
 from chandlery.storage.kinds import open_blob_store
 from chandlery.storage.leases import Leases
 from chandlery.telemetry.metrics import Metrics
@@ -48,6 +50,15 @@ class Parts:
     sources: Sources
     stores: Stores
     popularity: Popularity
+
+    def nix(self, source: str) -> Nix:
+        """Return Nix with the store of a source, by its name."""
+        return self.stores.nix.at(_trust_domain(self.sources.of(source)))
+
+    async def check_nix(self) -> None:
+        """Make sure that Nix can be used with the store of each source, and make those; raises `NixError`."""
+        for domain in trust_domains(self.sources):
+            await self.stores.nix.at(domain).check()
 
 
 @asynccontextmanager
@@ -67,12 +78,13 @@ async def open_parts(settings: Settings, popularity: Popularity | None = None) -
         SqliteIndex(settings.data_dir, use_interval=use_interval(settings.gc_grace)) as index,
         Leases(settings.data_dir) as leases,
     ):
-        await nix.check()
         if popularity is None:
             popularity = await configured_popularity(settings)
         sources = open_sources(settings, nix)
+        parts = Parts(sources, Stores(settings.data_dir, nix, blobs, index, leases), popularity)
         try:
-            yield Parts(sources, Stores(settings.data_dir, nix, blobs, index, leases), popularity)
+            await parts.check_nix()
+            yield parts
         finally:
             await sources.close()
 
@@ -89,7 +101,7 @@ async def configured_popularity(settings: Settings) -> Popularity:
         raise SettingsError(f"popularity: {Address.parse(settings.popularity)}: {error}") from error
 
 
-def open_nix(settings: Settings) -> Nix:
+def open_nix(settings: Settings) -> NixStores:
     """Make what calls Nix; nothing is called yet."""
     limits = NixLimits(
         settings.build_timeout,
@@ -101,10 +113,12 @@ def open_nix(settings: Settings) -> Nix:
     options = NixOptions(
         settings.allowed_uris, settings.substituters, settings.trusted_public_keys, settings.host_paths
     )
-    return Nix(settings.data_dir / "nix" if settings.nix_store == "own" else None, limits, options)
+    if settings.nix_store == "machine":
+        return NixStores.of_one(Nix(None, limits, options))
+    return NixStores(settings.data_dir, limits, options)
 
 
-def open_sources(settings: Settings, nix: Nix) -> Sources:
+def open_sources(settings: Settings, nix: NixStores) -> Sources:
     """Make the package sources; nothing is fetched yet. Raises `SettingsError`."""
     mirrors = DebianMirrors(settings.debian_mirror, settings.debian_security_mirror, settings.debian_keyring)
     nixpkgs = NixpkgsAddresses.parse(settings.nixpkgs_channel_url, settings.nixpkgs_tarball_url)
@@ -120,6 +134,15 @@ def open_sources(settings: Settings, nix: Nix) -> Sources:
         platforms = tuple(Platform("linux", architecture) for architecture in wanted)
         sources[name] = ConfiguredSource(source, platforms or source.platforms, lifetime)
     return Sources(sources, settings.default_source)
+
+
+def trust_domains(sources: Sources) -> list[str]:
+    """Return the trust domains of sources, each once."""
+    return sorted({_trust_domain(each.source) for each in sources})
+
+
+def _trust_domain(source: PackageSource) -> str:
+    return trust_domain(source.kind, source.location)
 
 
 def name_prefixes(settings: Settings) -> NamePrefixes:

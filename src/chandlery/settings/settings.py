@@ -158,7 +158,7 @@ class Settings(BaseModel):
     debian_keyring: str = Field("", description="the file with the keys that sign the Debian index")
 
     nix_store: Literal["own", "machine"] = Field(
-        "own", description="own: a Nix store in the data folder; machine: the one in /nix"
+        "own", description="own: a Nix store for each source in the data folder; machine: the one in /nix"
     )
     nix_jobs: int = Field(8, ge=1, description="derivations that Nix fetches or builds at once, per image")
     build_timeout: float = Field(3600.0, gt=0, description="how long Nix may build one image")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chandlery.errors import InvalidSourceError
+from chandlery.nix.pinned_source import trust_domain
+from chandlery.nix.stores import NixStores
 from chandlery.sources.arguments import SetArguments
 from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.debian.source import SUITE, DebianSource
-from chandlery.sources.flake import FlakeReference, FlakeSource, FlakeStore
+from chandlery.sources.flake import FlakeReference, FlakeSource
 from chandlery.sources.git.address import GitAddress
 from chandlery.sources.git.source import FRESH, REFERENCE, GitSource
 from chandlery.sources.nixpkgs import CHANNEL, NIXOS, NixpkgsAddresses, NixpkgsSource
@@ -29,7 +31,7 @@ class _Place:
     mirrors: DebianMirrors
     options: SourceOptions
     nixpkgs: NixpkgsAddresses
-    nix: FlakeStore | None
+    nix: NixStores | None
 
     def data(self, kind: str, location: str) -> Path:
         """Return the folder of one source. A location has no credentials: a new password changes nothing."""
@@ -48,7 +50,7 @@ def parse(
     options: SourceOptions | None = None,
     *,
     nixpkgs: NixpkgsAddresses = NIXOS,
-    nix: FlakeStore | None = None,
+    nix: NixStores | None = None,
 ) -> PackageSource:
     """Read `<kind>!<location>`; `folder` is for what sources fetch. Raises `InvalidSourceError`.
 
@@ -134,7 +136,8 @@ def _flake(place: _Place) -> PackageSource:
     if place.nix is None:
         raise InvalidSourceError(text, "a flake can't be read without Nix")
     data = place.data("flake", reference.shown)
-    return FlakeSource(reference, data, place.nix, PinLimits(place.options.pin_lifetime))
+    store = place.nix.at(trust_domain("flake", reference.location))
+    return FlakeSource(reference, data, store, PinLimits(place.options.pin_lifetime))
 
 
 # Each kind of source: how it is written, and what makes one.

@@ -9,6 +9,7 @@ from chandlery.builds.sqlite.index import SqliteIndex
 from chandlery.errors import BrokenError, EvaluationError, NixError, PackagesNotFoundError, UnfreeError
 from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
+from chandlery.nix.stores import NixStores
 from tests.support.nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix
 
 pytestmark = requires_nix
@@ -64,7 +65,7 @@ def index(tmp_path: Path) -> Iterator[SqliteIndex]:
 
 @pytest.fixture
 def resolver(nix: CountingNix, index: SqliteIndex) -> PackageResolver:
-    return PackageResolver(nix, index)
+    return PackageResolver(NixStores.of_one(nix), index)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ async def test_what_was_resolved_is_known_after_a_restart(
 ) -> None:
     first = await resolver.resolve(pin, SYSTEM, ["git"])
     with SqliteIndex(tmp_path / "index") as index:
-        assert await PackageResolver(nix, index).resolve(pin, SYSTEM, ["git"]) == first
+        assert await PackageResolver(NixStores.of_one(nix), index).resolve(pin, SYSTEM, ["git"]) == first
 
     assert nix.resolved == [["git"]]
 
@@ -224,8 +225,9 @@ class ForgetfulNix(CountingNix):
 async def test_without_suggestions_what_is_missing_is_told_all_the_same(
     store: Path, index: SqliteIndex, pin: PinnedSource
 ) -> None:
+    resolver = PackageResolver(NixStores.of_one(ForgetfulNix(store)), index)
     with pytest.raises(PackagesNotFoundError) as caught:
-        await PackageResolver(ForgetfulNix(store), index).resolve(pin, SYSTEM, ["gti", "jq", "hop.hop"])
+        await resolver.resolve(pin, SYSTEM, ["gti", "jq", "hop.hop"])
 
     assert str(caught.value) == "not in the package set: gti, hop.hop"
 

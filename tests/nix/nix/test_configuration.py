@@ -155,7 +155,7 @@ def test_only_what_fetches_has_the_operators_credentials(
     for name in ("SSH_AUTH_SOCK", "TOKEN", "GIT_SSH_COMMAND", "HOME", "NIX_PATH", "NIX_CONFIG", "NIX_REMOTE"):
         monkeypatch.setenv(name, "the operator's")
 
-    environment = NixConfiguration(folder, LIMITS, NixOptions()).environment(purpose)
+    environment = NixConfiguration(folder, LIMITS, NixOptions(), Path("/data/etc")).environment(purpose)
 
     fetches = purpose is Purpose.FETCH
     expected = {"SSH_AUTH_SOCK", "TOKEN", "GIT_SSH_COMMAND", "HOME"} if fetches else set()

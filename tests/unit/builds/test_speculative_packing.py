@@ -10,6 +10,7 @@ from chandlery.builds.job import Job
 from chandlery.builds.speculative_packing import Packer as AnyPacker
 from chandlery.builds.speculative_packing import SpeculativePacking
 from chandlery.nix.closure import Closure, StorePath
+from chandlery.nix.nix import Nix as RealNix
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_LAYER, Descriptor, PackedLayer
 from chandlery.plan.strategies import STRATEGIES, LayerGroup, Popularity, closure_of
@@ -37,7 +38,12 @@ def expected(there: Sequence[str]) -> tuple[Closure, frozenset[StorePath]]:
     return closure, frozenset(node.path for node in closure.nodes if node.path.name in there)
 
 
-JOB = Job(Build(recipe_of("git"), "a", Path("log"), "id", 0.0), Path("roots"), cast("Lease", None))
+JOB = Job(
+    Build(recipe_of("git"), "a", Path("log"), "id", 0.0),
+    cast("RealNix", None),
+    Path("roots"),
+    cast("Lease", None),
+)
 
 
 class Packer:

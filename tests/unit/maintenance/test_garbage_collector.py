@@ -2,7 +2,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import AsyncMock
@@ -16,6 +16,7 @@ from chandlery.image.name import ImageRequest
 from chandlery.maintenance.garbage_collector import Collected, DiskLimits, GarbageCollector, use_interval
 from chandlery.nix.nix import Nix, NixLimits
 from chandlery.nix.pinned_source import PinnedSource
+from chandlery.nix.stores import NixStores
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     OCI_CONFIG,
@@ -33,6 +34,17 @@ HOUR = 3600.0
 # Bytes of every blob here.
 SIZE = 1000
 MACHINES = Nix(None, NixLimits())
+
+
+class FakeStores(NixStores):
+    """Several stores that are there."""
+
+    def __init__(self, *stores: Nix) -> None:
+        super().__init__(Path(), NixLimits())
+        self._there = stores
+
+    def existing(self) -> Sequence[Nix]:
+        return self._there
 
 
 class FakeNix(Nix):
@@ -90,12 +102,9 @@ class Folder:
         os.utime(self.blobs.path(digest), (time.time() - age,) * 2)
         return digest
 
-    async def collect(
-        self, limit: int, *, grace: float = HOUR, nix: Nix = MACHINES, dry_run: bool = False
-    ) -> Collected:
-        collector = GarbageCollector(
-            Stores(self.path, nix, self.blobs, self.index, self.leases), DiskLimits(limit, grace)
-        )
+    async def collect(self, limit: int, *nix: Nix, grace: float = HOUR, dry_run: bool = False) -> Collected:
+        stores = Stores(self.path, FakeStores(*(nix or (MACHINES,))), self.blobs, self.index, self.leases)
+        collector = GarbageCollector(stores, DiskLimits(limit, grace))
         return await collector.collect(dry_run=dry_run)
 
     async def has(self, *names: str) -> bool:
@@ -212,11 +221,11 @@ async def test_a_rehearsal_tells_what_would_go_and_removes_nothing(folder: Folde
     nix = FakeNix(
         folder.path, {"/nix/store/a": 500, "/nix/store/b": 500, "/nix/store/c": 500}, ["/nix/store/c"]
     )
-    told = await folder.collect(SIZE, nix=nix, dry_run=True)
+    told = await folder.collect(SIZE, nix, dry_run=True)
     assert await folder.kept() == ["older", "old", "new"]
     assert await folder.has("orphan", "only old", "only older")
     assert len(nix.left) == 3
-    done = await folder.collect(SIZE, nix=nix)
+    done = await folder.collect(SIZE, nix)
     assert [image.name for image in told.images] == [image.name for image in done.images] == ["older", "old"]
     assert (told.freed_blobs, told.freed_nix, told.orphans) == (done.freed_blobs, done.freed_nix, 1)
     assert done.freed_blobs == 7 * SIZE
@@ -330,7 +339,7 @@ async def test_what_a_dead_process_left_is_removed_even_without_a_limit(folder: 
 async def test_nix_gives_first_what_is_more_than_a_quarter_of_the_limit(folder: Folder) -> None:
     await folder.image("old", "a", used=3 * HOUR)
     nix = FakeNix(folder.path, {f"/nix/store/{number}": 100 for number in range(50)})
-    collected = await folder.collect(7000, nix=nix)
+    collected = await folder.collect(7000, nix)
     assert nix.asked == [1700]
     assert collected.freed_nix == 1700
     assert collected.images == []
@@ -341,10 +350,30 @@ async def test_then_images_go_and_then_the_rest_of_nix_that_is_not_in_use(folder
     await folder.image("new", "b")
     used = [f"/nix/store/{number}" for number in range(3)]
     nix = FakeNix(folder.path, {f"/nix/store/{number}": 100 for number in range(50)}, used)
-    collected = await folder.collect(2000, nix=nix)
+    collected = await folder.collect(2000, nix)
     assert sorted(nix.left) == sorted(used)
     assert [image.name for image in collected.images] == ["old"]
     assert collected.size == 3 * SIZE + 300
+
+
+async def test_the_largest_of_several_stores_gives_first(folder: Folder) -> None:
+    small = FakeNix(folder.path, {f"/nix/store/{number}": 100 for number in range(10)})
+    large = FakeNix(folder.path, {f"/nix/store/{number}": 100 for number in range(40)})
+    told = await folder.collect(4000, small, large, dry_run=True)
+    assert (len(small.left), len(large.left)) == (10, 40)
+    collected = await folder.collect(4000, small, large)
+    assert (large.asked, small.asked) == ([1400], [])
+    assert collected.freed_nix == told.freed_nix == 1400
+
+
+async def test_what_one_store_can_not_give_another_does(folder: Folder) -> None:
+    used = [f"/nix/store/{number}" for number in range(39)]
+    small = FakeNix(folder.path, {f"/nix/store/{number}": 100 for number in range(20)})
+    large = FakeNix(folder.path, {f"/nix/store/{number}": 100 for number in range(40)}, used)
+    told = await folder.collect(5000, small, large, dry_run=True)
+    collected = await folder.collect(5000, small, large)
+    assert collected.freed_nix == told.freed_nix == 1500
+    assert (len(small.left), len(large.left)) == (6, 39)
 
 
 async def test_the_machines_store_is_never_touched(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

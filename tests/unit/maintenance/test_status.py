@@ -98,6 +98,19 @@ def test_content_that_is_there_twice_is_told(folder: Path) -> None:
     assert (fetched.number, fetched.bytes) == (1, archive.stat().st_size)
 
 
+def test_the_nix_stores_of_all_sources_are_one_part(folder: Path) -> None:
+    before = examine(folder).part("Nix store")
+    other = folder / "nix-stores/git-0123456789abcdef"
+    write(other / "nix/store/aaa-git/bin/git", b"2" * LARGE)
+    write(other / "nix/var/nix/db/db.sqlite", b"5" * LARGE)
+    status = examine(folder)
+    assert status.part("Nix store").number == before.number + 1
+    assert status.part("Nix store").bytes >= before.bytes + 2 * LARGE
+    assert numbers(status)["other files"] == 1
+    [alike] = status.twice
+    assert (alike.number, alike.bytes) == (1, LARGE)
+
+
 def test_an_empty_folder_has_nothing_in_it(tmp_path: Path) -> None:
     status = examine(tmp_path)
     assert set(numbers(status).values()) == {0}

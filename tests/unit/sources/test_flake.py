@@ -16,9 +16,10 @@ from chandlery.errors import (
 )
 from chandlery.image.name import LATEST
 from chandlery.nix.closure import StorePath
-from chandlery.nix.nix import Nix, NixLimits
+from chandlery.nix.nix import NixLimits
 from chandlery.nix.output import DerivationMissingError, LockedFlake
 from chandlery.nix.pinned_source import PinnedSource
+from chandlery.nix.stores import NixStores
 from chandlery.oci.documents import Platform
 from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.flake import FlakeReference, FlakeSource
@@ -119,7 +120,7 @@ def test_a_flake_needs_nix_and_takes_no_config(tmp_path: Path) -> None:
     assert "s3cret" not in str(caught.value)
     with pytest.raises(InvalidSourceError, match="config and overlays"):
         parse(text, tmp_path, DebianMirrors(), SourceOptions(config={"allowUnfree": True}))
-    source = parse(text, tmp_path, DebianMirrors(), nix=Nix(tmp_path / "nix", NixLimits()))
+    source = parse(text, tmp_path, DebianMirrors(), nix=NixStores(tmp_path, NixLimits()))
     assert (source.text, source.location) == ("flake!git+https://host/ours", "git+https://host/ours")
 
 
