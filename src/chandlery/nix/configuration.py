@@ -6,6 +6,7 @@ operator may put one for Chandlery's stores into `nix/etc/nix.conf` in the data 
 
 import grp
 import os
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,8 @@ from chandlery.nix.output import LOG_TAIL
 # Only derivations that ask for it have it (`__impureHostDeps`). Others' may not: Nix lets them ask for
 # whatever is below, and follows the links that are there, on Debian from /usr to keys in /etc.
 _HOST_PATHS = ("/bin", "/usr", "/lib", "/lib64", "/var/lib/dpkg")
+
+_SANDBOX_PATHS = re.compile(r"^ *(?:extra-)?sandbox-paths *=([^\n#]*)", re.MULTILINE)
 
 # What programs need to be found, and to reach others; none of it is a secret.
 _PASSED_ON = {
@@ -152,6 +155,8 @@ class NixConfiguration:
     def _settings_for(self, purpose: Purpose) -> dict[str, str]:
         # What is evaluated may be built meanwhile.
         others = {"allowed-impure-host-deps": " ".join(self.options.host_paths)}
+        if self.options.host_paths:
+            others |= self._sandbox_paths()
         match purpose:
             case Purpose.EVALUATE:
                 uris = " ".join(self.options.allowed_uris)
@@ -164,7 +169,20 @@ class NixConfiguration:
                 return others | {"connect-timeout": "5"}
             case _:
                 # A binary cache that can't be reached costs seconds, each time that Nix asks.
-                return {"substitute": "false", "allowed-impure-host-deps": " ".join(host_paths())}
+                own = {"substitute": "false", "allowed-impure-host-deps": " ".join(host_paths())}
+                return own | self._sandbox_paths()
+
+    def _sandbox_paths(self) -> dict[str, str]:
+        """Return what builders that may ask for paths of this machine find unasked: what the operator says.
+
+        Nix's default is a shell at /bin/sh. But where a builder asks for /bin, and that is a link, Nix 2.26
+        shows it as one, and can show nothing below it.
+        """
+        try:
+            text = (self.files / "nix.conf").read_text(errors="replace")
+        except OSError:
+            text = ""
+        return {"sandbox-paths": " ".join(each[1].strip() for each in _SANDBOX_PATHS.finditer(text))}
 
 
 def _own_folders() -> dict[str, str]:

@@ -44,6 +44,7 @@ from chandlery.nix.output import (
     package_name,
     says_derivation_missing,
     says_disk_full,
+    says_no_namespaces,
     says_outdated,
 )
 from chandlery.nix.pinned_source import PinnedSource
@@ -80,7 +81,7 @@ class Nix:
     ) -> None:
         self._folder = folder
         self._limits = limits
-        files = files or (folder or Path()) / "etc"
+        files = files or (folder / "etc" if folder else Path("/etc/nix"))
         self._configuration = NixConfiguration(folder, limits, options or NixOptions(), files)
         self._database = NixDatabase(folder) if folder else None
         self._has_mount_namespaces: bool | None = None
@@ -139,9 +140,13 @@ class Nix:
         if built.code != 0 and says_disk_full(built.stderr):
             raise StorageFullError(str(self.store_root))
         if built.code != 0:
+            hint = (
+                ": let it make user namespaces (sysctl user.max_user_namespaces above 0; of containers, a "
+                "privileged one)"
+            )
+            reason = last_error(built.stderr)
             raise NixError(
-                f"Nix can't build here: {last_error(built.stderr)}: let it make user namespaces "
-                "(sysctl user.max_user_namespaces above 0; of containers, a privileged one)"
+                f"Nix can't build here: {reason}{hint if says_no_namespaces(built.stderr) else ''}"
             )
 
     async def resolve(

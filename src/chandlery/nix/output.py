@@ -29,10 +29,12 @@ LOG_TAIL = 20
 _LAST_WORDS = 30
 
 _BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
+# Nix 2.26 has the process say it that was to become the builder.
+_NOT_STARTED = re.compile(r"^ *error: (executing '[^']+': .*)$", re.MULTILINE)
 _TIMED_OUT = re.compile(r"error: building of '([^'!^]+)[^']*' .*timed out after (\d+) seconds")
 # A line that ends with "retrying" is not the last word.
 _DOWNLOAD_FAILED = re.compile(
-    r"^error: (unable to download (?!.* retrying in).*|hash mismatch in fixed-output derivation .*)",
+    r"^ *error: (unable to download (?!.* retrying in).*|hash mismatch in fixed-output derivation .*)",
     re.MULTILINE,
 )
 _MISSING_DERIVATION = re.compile(
@@ -69,7 +71,11 @@ _OUT_OF_MEMORY = re.compile(
 _REMEDIATION = re.compile(r",? ?(?:refusing to evaluate\.)?(?: a\) .*)?$", re.DOTALL)
 # A line that is longer has no answer.
 _LONGEST_LINE = 1 << 20
-_OUTDATED = re.compile("could not update local clone|using cached version")
+# The last is git's, of whose failure Nix 2.26 says nothing where it has an older commit.
+_OUTDATED = re.compile(
+    "could not update local clone|using cached version|using expired cached ref|^fatal: ", re.MULTILINE
+)
+_NO_NAMESPACES = re.compile(r"namespace|cloning builder process|setting up a private mount|\bunshar")
 _DISK_FULL = re.compile("No space left on device|disk is full", re.IGNORECASE)
 
 
@@ -90,7 +96,9 @@ def build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildErro
         return BuildTimeoutError(package_name(timed_out[1]), int(timed_out[2]), tail)
     failed = _BUILDER_FAILED.search(stderr)
     if failed is not None:
-        return BuildError(package_name(failed[1]), f"its builder {failed[2]}", tail)
+        not_started = _NOT_STARTED.search(stderr)
+        reason = not_started[1] if not_started else f"its builder {failed[2]}"
+        return BuildError(package_name(failed[1]), reason, tail)
     denied = _HOST_PATH_DENIED.search(stderr)
     if denied is not None:
         reason = f"its builder asks to see {denied[2]} of this machine, which host_paths doesn't name"
@@ -202,6 +210,11 @@ def last_error(stderr: str) -> str:
 def says_disk_full(output: str) -> bool:
     """Return whether Nix says that there is no space left."""
     return _DISK_FULL.search(output) is not None
+
+
+def says_no_namespaces(output: str) -> bool:
+    """Return whether Nix says that the machine doesn't let it make the namespaces of a sandbox."""
+    return _NO_NAMESPACES.search(output) is not None
 
 
 def says_derivation_missing(output: str) -> bool:

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from chandlery.nix.closure import StorePath
 from chandlery.nix.output import DerivationMissingError, LockedFlake
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
+from chandlery.sources.git.address import GitAddress
 from chandlery.sources.negative_cache import NegativeCache
 from chandlery.sources.pin_file import PinFile
 from chandlery.sources.pins import PinLimits, Pins, Resolved
@@ -123,6 +124,16 @@ class FlakeReference:
             tuple(dict.fromkeys(form for each in secrets if each for form in (each, unquote(each)))),
         )
 
+    @property
+    def git_address(self) -> GitAddress | None:
+        """Where git finds it; None if it isn't in git, or git itself is not asked for it."""
+        if not self.text.startswith("git+"):
+            return None
+        try:
+            return GitAddress.parse(self.text.removeprefix("git+").partition("?")[0])
+        except ValueError:
+            return None
+
     def without_secrets(self, text: str) -> str:
         """Return a text of Nix's without the credentials of this reference."""
         for secret in self._secrets:
@@ -145,8 +156,16 @@ class FlakeReference:
         return _with_query(start, {**dict(parse_qsl(query)), **self._extra})
 
 
+async def _ask_nobody() -> None:
+    return
+
+
 class FlakeSource:
-    """One flake; what is known of its revisions is kept in `data`, and their sources in Nix's store."""
+    """One flake; what is known of its revisions is kept in `data`, and their sources in Nix's store.
+
+    `ask_upstream` raises `SourceUnavailableError` if the flake's server can't be reached: then Nix goes on
+    with what it fetched once, and its exit code doesn't tell.
+    """
 
     kind = "flake"
 
@@ -157,6 +176,7 @@ class FlakeSource:
         nix: FlakeStore,
         limits: PinLimits | None = None,
         *,
+        ask_upstream: Callable[[], Awaitable[object]] = _ask_nobody,
         fetch_timeout: float = _FETCH_TIMEOUT,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -165,6 +185,7 @@ class FlakeSource:
         self._reference = reference
         self._roots = data / "roots"
         self._nix = nix
+        self._ask_upstream = ask_upstream
         self._fetch_timeout = fetch_timeout
         self._clock = clock
         self._wanted: Sequence[str] = ()
@@ -232,6 +253,7 @@ class FlakeSource:
         return PinnedSource(self.kind, self.location, revision, nix={"flake": reference}, stale=stale)
 
     async def _resolve(self, _: str) -> Resolved:
+        await self._ask_upstream()
         return await self._fetch(self._reference.text)
 
     async def _fetch_again(self, revision: str, details: Mapping[str, str]) -> Resolved:

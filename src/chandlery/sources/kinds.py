@@ -14,6 +14,7 @@ from chandlery.sources.debian.index import DebianMirrors
 from chandlery.sources.debian.source import SUITE, DebianSource
 from chandlery.sources.flake import FlakeReference, FlakeSource
 from chandlery.sources.git.address import GitAddress
+from chandlery.sources.git.repository import GitRepository
 from chandlery.sources.git.source import FRESH, REFERENCE, GitSource
 from chandlery.sources.nixpkgs import CHANNEL, NIXOS, NixpkgsAddresses, NixpkgsSource
 from chandlery.sources.package_source import PackageSource, SourceOptions
@@ -137,7 +138,11 @@ def _flake(place: _Place) -> PackageSource:
         raise InvalidSourceError(text, "a flake can't be read without Nix")
     data = place.data("flake", reference.shown)
     store = place.nix.at(trust_domain("flake", reference.location))
-    return FlakeSource(reference, data, store, PinLimits(place.options.pin_lifetime))
+    limits = PinLimits(place.options.pin_lifetime)
+    if reference.git_address is None:
+        return FlakeSource(reference, data, store, limits)
+    upstream = GitRepository(reference.git_address, data, text)
+    return FlakeSource(reference, data, store, limits, ask_upstream=upstream.head)
 
 
 # Each kind of source: how it is written, and what makes one.

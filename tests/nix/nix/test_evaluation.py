@@ -27,9 +27,10 @@ from chandlery.errors import (
     UnsupportedSystemError,
     evaluation_error,
 )
+from chandlery.nix.closure import StorePath
 from chandlery.nix.configuration import host_paths
 from chandlery.nix.evaluation import PackageSet
-from chandlery.nix.nix import Nix, NixLimits, NixOptions, Resolution
+from chandlery.nix.nix import EXPRESSIONS, Nix, NixLimits, NixOptions, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from tests.support.nix_package_set import SYSTEM, nixpkgs_shape, packages, requires_nix, resolve, source_of
 
@@ -467,11 +468,12 @@ def secret(tmp_path: Path) -> Path:
         "builtins.readFile ./link",
         "builtins.readFile ./folder-link/secret",
         'builtins.readFile (./. + "/../secret/secret")',
-        'toString (builtins.attrNames (builtins.readDir "/"))',
         "toString (builtins.attrNames (builtins.readDir /root))",
         'builtins.hashFile "sha256" /etc/passwd',
         '"${/etc/passwd}"',
-        '"${./link}"',
+        'builtins.readFile "${./link}"',
+        'builtins.readFile "${builtins.path { path = ./link; }}"',
+        'toString (builtins.attrNames (builtins.readDir "${./folder-link}"))',
         'builtins.path { path = %(secret)s; name = "x"; }',
         "builtins.filterSource (_: _: true) %(secret)s",
         '(derivation { name = "x"; system = "x"; builder = "x"; src = /etc/passwd; }).drvPath',
@@ -517,8 +519,35 @@ async def test_an_evaluation_reads_nothing_but_its_package_set(
             "was not found in the Nix search path",
             "is disabled",
             "missing",
+            "is not in the Nix store",
         )
     ), answer.message
+
+
+async def test_of_folders_an_evaluation_sees_no_more_than_the_way_to_what_it_reads(
+    nix: Nix, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree" / "source"
+    (tmp_path / "tree" / "beside").mkdir(parents=True)
+    expression = 'toString (map (path: builtins.attrNames (builtins.readDir path)) [ "/" %s %s/.. ])'
+
+    answer = await resolve(nix, packages(tree, f"p = throw ({expression % (tmp_path, tree)});"), "p")
+
+    # Nix 2.8 refuses it. Newer ones show names of which the package set knows all.
+    if "is forbidden in restricted mode" not in answer.message:
+        ways = {*tree.parts, *EXPRESSIONS.parts, "default.nix", "expressions"}
+        assert set(answer.message.split()) <= ways
+
+
+async def test_a_link_out_of_a_package_set_is_copied_as_a_link_at_most(nix: Nix, secret: Path) -> None:
+    tree = secret.parent / "tree" / "source"
+    tree.mkdir(parents=True)
+    (tree / "link").symlink_to(secret / "secret")
+
+    answer = await resolve(nix, packages(tree, 'p = throw "${./link}";'), "p")
+
+    if "is forbidden in restricted mode" not in answer.message:
+        assert (nix.store_root / StorePath.parse(answer.message).base_name).is_symlink()
 
 
 async def test_an_evaluation_can_not_tell_what_is_on_the_machine(

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import uuid
@@ -156,10 +157,18 @@ async def test_an_output_can_be_asked_for_by_name_and_else_the_first_is_meant(
         ("throws.deeper", "failed", "it was thrown"),
         ("python3Packages.deeper.throws", "failed", "deep"),
         ("aborts", "failed", "evaluation aborted with the following error message: 'it was aborted'"),
-        ("asserts", "failed", "assertion '(1 == 2)' failed"),
+        (
+            "asserts",
+            "failed",
+            r"assertion '\(1 == 2\)' failed|an integer with value '1' is not equal to .*",
+        ),
         ("loops", "infinite_recursion", "infinite recursion encountered"),
         ("adds", "failed", "cannot add a set to an integer"),
-        ("hasNoSuch", "failed", "value is a string while a set was expected"),
+        (
+            "hasNoSuch",
+            "failed",
+            'value is a string while a set was expected|expected a set but found a string: "hello-2.12"',
+        ),
         ("number", "not_a_package", "it is a int"),
         ("set", "not_a_package", "it is a set"),
         ("function", "not_a_package", "it is a lambda"),
@@ -173,7 +182,9 @@ async def test_what_is_no_package_is_an_answer_with_its_reason(
 ) -> None:
     answer = await resolve(nix, resolved, attribute_path)
 
-    assert (answer.status, answer.message) == (status, message)
+    assert answer.status == status
+    # Nix 2.26 has other words for some.
+    assert re.fullmatch(message, answer.message)
     assert not answer.found
 
 
@@ -295,7 +306,7 @@ async def test_a_package_set_is_an_attribute_set_or_a_function_of_what_it_takes(
         ("{ syntax error", "syntax error, unexpected"),
         ('throw "the whole set"', "the whole set"),
         ("{ pkgs }: { }", "without required argument 'pkgs'"),
-        ("import ./missing.nix", "No such file or directory"),
+        ("import ./missing.nix", "No such file or directory|missing.nix' does not exist"),
     ],
 )
 async def test_a_package_set_that_can_not_be_read_is_why_nothing_is_found(
@@ -304,7 +315,7 @@ async def test_a_package_set_that_can_not_be_read_is_why_nothing_is_found(
     answers = await nix.resolve(source_of(tmp_path, expression), SYSTEM, ["a", "b"])
 
     assert {answer.status for answer in answers.values()} == {"failed"}
-    assert all(message in answer.message for answer in answers.values())
+    assert all(re.search(message, answer.message) for answer in answers.values())
     assert await nix.attribute_names(source_of(tmp_path, expression), SYSTEM, []) == []
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -182,10 +183,10 @@ async def faked(
     *,
     limits: PinLimits = ALWAYS,
     fetch_timeout: float = 60.0,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[FlakeSource]:
-    options = {"clock": clock} if clock else {}
-    source = FlakeSource(REFERENCE, folder / "data", store, limits, fetch_timeout=fetch_timeout, **options)
+    data = folder / "data"
+    source = FlakeSource(REFERENCE, data, store, limits, fetch_timeout=fetch_timeout, clock=clock)
     try:
         yield source
     finally:
@@ -269,6 +270,41 @@ async def test_trouble_upstream_leaves_the_last_good_pin(store: FakeStore, tmp_p
         assert "s3cret" not in repr(logged)
         store.error = None
         assert (await source.pin(LATEST, HOST)).revision == "b" * 40
+
+
+async def test_an_upstream_that_can_not_be_reached_makes_a_pin_stale_though_nix_goes_on(
+    store: FakeStore, tmp_path: Path
+) -> None:
+    async def ask() -> None:
+        if store.revision != "a" * 40:
+            raise SourceUnavailableError("flake!x", "refused")
+
+    reference = FlakeReference.parse("git+https://host/ours?ref=main")
+    source = FlakeSource(reference, tmp_path / "data", store, ALWAYS, ask_upstream=ask)
+    first = await source.pin(LATEST, HOST)
+    assert not first.stale
+    store.revision = "b" * 40
+    stale = await source.pin(LATEST, HOST)
+    assert stale.revision == first.revision
+    assert "refused" in stale.stale
+    await source.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "location"),
+    [
+        ("git+https://host/ours?ref=main", "https://host/ours"),
+        ("git+https://user:secret@host/ours", "https://host/ours"),
+        ("git+ssh://git@host/ours?dir=sub", "ssh://git@host/ours"),
+        ("git+file:///srv/ours", "file:///srv/ours"),
+        ("github:NixOS/nixpkgs", None),
+        ("tarball+https://host/ours.tar.gz", None),
+        ("/srv/ours", None),
+    ],
+)
+def test_git_is_asked_where_nix_asks_it(text: str, location: str | None) -> None:
+    address = FlakeReference.parse(text).git_address
+    assert (address.location if address else None) == location
 
 
 async def test_what_was_never_had_is_told_with_the_reason(store: FakeStore, tmp_path: Path) -> None:
