@@ -109,7 +109,7 @@ async def _settings(settings: Settings) -> Outcome:
 
 def _data_folder(settings: Settings) -> Outcome:
     folder = settings.data_dir
-    if folder.exists() and not folder.is_dir():
+    if _is_there(folder) and not _is_folder(folder):
         return Outcome(f"{folder} is no folder", Status.FAILURE, "choose another with data_dir")
     nearest = _nearest_folder(folder)
     try:
@@ -397,7 +397,18 @@ def _certificate(settings: Settings, aside: Settings, clock: Clock) -> Outcome:
 
 def _nearest_folder(folder: Path) -> Path:
     """Return the folder itself, or what of its path is there."""
-    return next(each for each in (folder, *folder.parents) if each.is_dir())
+    return next(each for each in (folder, *folder.parents) if _is_folder(each))
+
+
+# `Path.exists` and `Path.is_dir` raise `PermissionError` below a folder that this user may not look into.
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def _remove(folder: Path) -> None:

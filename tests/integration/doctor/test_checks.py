@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,8 +81,7 @@ async def test_a_data_folder_on_a_read_only_disk(tmp_path: Path) -> None:
     assert "Read-only file system" in found.text
 
 
-def test_a_data_folder_of_another_user(tmp_path: Path) -> None:
-    script = """
+EXAMINED = """
 import asyncio, sys
 from pathlib import Path
 from chandlery.doctor.examination import examine
@@ -95,8 +95,19 @@ async def main():
             print(each.check, each.outcome.status, each.outcome.text)
 asyncio.run(main())
 """
-    told = run_as_ordinary_user(script, str(tmp_path), SOURCE, "data folder", "sandbox")
-    assert f"data folder failure {tmp_path} can't be written: Permission denied" in told
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_a_data_folder_of_another_user(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        others = Path(temporary)
+        others.chmod(mode)
+        data = others / "data"
+        if mode == 0o755:
+            data.mkdir()
+        told = run_as_ordinary_user(EXAMINED, str(data), SOURCE, "data folder", "sandbox")
+    nearest = data if mode == 0o755 else others
+    assert f"data folder failure {nearest} can't be written: Permission denied" in told
     # What else can be checked is, elsewhere.
     assert "sandbox ok" in told
 

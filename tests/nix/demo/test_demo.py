@@ -25,7 +25,7 @@ def test_a_signal_stops_all_that_the_demo_started_and_removes_what_it_made(
         start_new_session=True,
     ) as demo:
         # The server has begun with its data folder, which is in the demo's own.
-        wait_until(lambda: bool(list(tmp_path.glob("chandlery-demo-*/data/nix"))))
+        wait_until(lambda: bool(list(tmp_path.glob("chandlery-demo-*/data/nix-stores"))))
         demo.send_signal(number)
         _, complaint = demo.communicate(timeout=LIMIT)
     assert demo.returncode == 130

@@ -143,7 +143,7 @@ async def test_an_index_that_somebody_else_signed_is_refused(
         repository.publish()
         await index.refresh()
         repository.publish(Deb("evil"), signer=key)
-        await fails(index, "NO_PUBKEY")
+        await fails(index, "NO_PUBKEY|Missing key")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import asyncio
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -384,7 +385,9 @@ async def test_credentials_come_from_the_operators_own_places(
 ) -> None:
     with http_server(served, password=PASSWORD) as server:
         address = server.url("set.git")
-        with pytest.raises(SourceUnavailableError, match="could not read Username"):
+        with pytest.raises(
+            SourceUnavailableError, match=r"could not read Username|unable to get password from user"
+        ):
             await a_source(tmp_path, address).pin(LATEST, HOST)
 
         (home / ".netrc").write_text(f"machine 127.0.0.1 login git password {PASSWORD}\n")
@@ -468,7 +471,7 @@ async def test_a_dead_server_leaves_what_was_pinned_and_its_recovery_is_seen(
         for _ in range(3):
             stale = await source.pin(LATEST, HOST)
             assert stale == pinned
-            assert "Connection refused" in stale.stale or "Couldn't connect" in stale.stale
+            assert re.search("Connection refused|Could(n't| not) connect", stale.stale)
     assert [each["log_level"] for each in logs] == ["warning"]
     assert content(stale) == "1"
     assert await source.pin(pinned.tag, HOST) == pinned
