@@ -11,7 +11,7 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,9 @@ async def run(
     """Run a program, found on the environment's PATH, to its end; what it exits with is no error.
 
     It works in `folder` (None: where this process does); in the `background` it yields to this process.
-    stderr goes to `on_output` as it comes, in pieces that may be longer than a line. Raises
-    `ProgramMissingError`, `TimeLimitError` and `OutputLimitError`.
+    stderr goes to `on_output` as it comes, in pieces that may be longer than a line; if it returns something
+    to await, no more is read until then. Raises `ProgramMissingError`, `TimeLimitError` and
+    `OutputLimitError`.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -165,7 +166,9 @@ async def _read_last(
         if heard is not None:
             heard()
         if on_output is not None:
-            on_output(piece)
+            taken = on_output(piece)
+            if isinstance(taken, Awaitable):
+                await taken
         kept += piece
         del kept[: max(0, len(kept) - most)]
     return bytes(kept)

@@ -19,6 +19,10 @@ _BUILD_LOG_LINE, _POST_BUILD_LOG_LINE = 101, 107
 # As chatty as Nix's log for people: 3 is what is said without -v.
 _VERBOSITY = 3
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# What a builder says is most of a long log, and its text alone is decoded faster than the whole line.
+_BUILDERS_LINE = re.compile(
+    rb'@nix \{"action":"result","fields":\[("[^"\\]*(?:\\.[^"\\]*)*")\],"id":[0-9]+,"type":10[17]\}'
+)
 # Derivations that fetch are called as what they fetch.
 _FETCHED = re.compile(r"\.(deb|tar|tgz|zip|gz|xz|bz2|zst|lzma|patch|diff|gem|crate|whl|jar)\.drv")
 # A line that is longer is no object of Nix's.
@@ -61,7 +65,11 @@ class NixLog:
     def _line(self, line: bytes) -> None:
         event: Any = None
         if line.startswith(_MARK):
+            builders = _BUILDERS_LINE.fullmatch(line)
             try:
+                if builders is not None:
+                    self._say(msgspec.json.decode(builders[1], type=str))
+                    return
                 event = msgspec.json.decode(line[len(_MARK) :])
             except (msgspec.DecodeError, UnicodeDecodeError):
                 event = None
@@ -95,4 +103,6 @@ class NixLog:
             self._begun[number] = (Work.BUILD, self._clock())
 
     def _say(self, text: str) -> None:
-        self._on_text(_COLOURS.sub("", text).encode(errors="replace") + b"\n")
+        if "\x1b" in text:
+            text = _COLOURS.sub("", text)
+        self._on_text(text.encode(errors="replace") + b"\n")

@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from chandlery.errors import (
 )
 from chandlery.machine.disk_errors import is_full, storage_errors
 from chandlery.machine.program import Limits
+from chandlery.nix.build_log import BuildLog
 from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
@@ -61,9 +61,6 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # Seconds in which names for suggestions must be there.
 _NAMES_TIMEOUT = 20.0
-
-# Of what a build says, the lines that are kept to find the error in them, and the bytes of each.
-_KEPT_LINES, _LONGEST_KEPT = 4000, 8192
 
 
 class Nix:
@@ -213,8 +210,8 @@ class Nix:
 
         A derivation may be followed by `!` and the output that is wanted, else all of them are. What isn't
         of Chandlery's `own` expressions sees nothing of this machine but what the options say, and binary
-        caches are asked for it first. Everything that Nix says goes to `build_log` as it comes, and how long
-        it fetched and built to `timings`.
+        caches are asked for it first. What Nix says goes to the file `build_log` (see `nix.build_log`), and
+        how long it fetched and built to `timings`.
         Raises `BuildError`, `BuildTimeoutError` when the limit is reached, `DerivationMissingError`.
         """
         roots.mkdir(parents=True, exist_ok=True)
@@ -223,36 +220,32 @@ class Nix:
             *("--log-format", "internal-json"),
         )
         timings = timings or Timings()
-        said: deque[bytes] = deque(maxlen=_KEPT_LINES)
-        with storage_errors(build_log.parent), build_log.open("ab", buffering=0) as file:
+        async with BuildLog(build_log) as said:
+            nix_log = NixLog(said.add, timings.add, time.monotonic)
 
-            def write(text: bytes) -> None:
-                said.append(text if len(text) <= _LONGEST_KEPT else text[:_LONGEST_KEPT] + b"\n")
-                # Where there is no space for a log there may still be some for what is built.
-                with suppress(OSError):
-                    file.write(text)
+            async def take(piece: bytes) -> None:
+                nix_log.feed(piece)
+                await said.flush()
 
-            nix_log = NixLog(write, timings.add, time.monotonic)
             try:
                 result = await self._run(
                     *command,
                     purpose=Purpose.BUILD if own else Purpose.BUILD_OTHERS,
                     timeout=self._limits.build_timeout,
-                    on_output=nix_log.feed,
+                    on_output=take,
                     check=False,
                 )
                 nix_log.end()
             except StoppedError as error:
                 what = ", ".join(package_name(path) for path in derivations)
-                tail = log_tail(build_log.read_text(errors="replace"))
+                tail = log_tail(said.last_words())
                 raise BuildTimeoutError(what, self._limits.build_timeout, tail) from error
-        text = b"".join(said).decode(errors="replace")
         if result.code < 0:
             what = ", ".join(map(package_name, derivations))
             reason = f"Nix was killed by signal {-result.code}: is there too little memory?"
-            raise BuildError(what, reason, log_tail(text))
+            raise BuildError(what, reason, log_tail(said.last_words()))
         if result.code != 0:
-            raise build_error(text, derivations)
+            raise build_error(said.last_words(), derivations)
 
     async def closure(self, roots: Iterable[StorePath]) -> Closure:
         """Return the closure of store paths that are there."""

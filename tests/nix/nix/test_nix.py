@@ -527,6 +527,24 @@ async def test_a_failed_build_names_the_package_the_reason_and_its_last_words(
     assert "line 1\n" in build.log.read_text()
 
 
+async def test_a_builder_that_talks_without_end_has_a_log_with_its_beginning_and_its_end(
+    build: Build, tmp_path: Path
+) -> None:
+    talk = "yes $(printf '%01000d' 7) | head --lines 20000"
+    source = packages(tmp_path / "set", f'talks = build "talks" "echo first; {talk}; echo why; exit 3";')
+
+    with pytest.raises(BuildError) as caught:
+        await build.of(source, "talks")
+
+    assert caught.value.reason == "its builder failed with exit code 3"
+    assert caught.value.log_tail[-1] == "why"
+    log = build.log.read_bytes()
+    assert (17 << 20) - 10_000 < len(log) < (17 << 20) + 10_000
+    told = log.decode()
+    assert 0 < told.index("first\n") < told.index("[chandlery: this log is longer than 16 MiB")
+    assert told.index("bytes are left out here]") < told.index("why\n") < told.index("error: builder for")
+
+
 async def test_a_builder_that_makes_nothing_has_failed(build: Build, tmp_path: Path) -> None:
     source = packages(tmp_path / "set", 'nothing = build "nothing" "echo did nothing";')
 
