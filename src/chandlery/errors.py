@@ -37,6 +37,7 @@ ChandleryError
 │   │   └── PinPendingError     its package source is still being looked up
 │   ├── BuildStoppedError       the server stops, or stopped this build
 │   ├── TooManyBuildsError      the queue is full
+│   │   └── BuildDisplacedError     the build gave way in it
 │   ├── TooManyReferencesError  so many tags of a source were asked for that no other is looked up
 │   └── RateLimitError          one client asks for too much
 ├── NixError                    Nix itself failed
@@ -369,6 +370,17 @@ class TooManyBuildsError(TryAgainError):
         super().__init__(f"{image} can't be built now: {limit} builds are waiting already; pull again later")
         self.image = image
         self.limit = limit
+
+
+class BuildDisplacedError(TooManyBuildsError):
+    """The build waited in the queue, which is full, and gave way to one of a client that has fewer."""
+
+    def __init__(self, image: str, limit: int) -> None:
+        super().__init__(image, limit)
+        self.args = (
+            f"{image} has lost its place in the queue to a client with fewer builds, since {limit} are "
+            "waiting already: pull again later, and fewer images at once",
+        )
 
 
 class TooManyReferencesError(TryAgainError):

@@ -12,6 +12,11 @@ class BuildLocksContract:
     def locks(self) -> tuple[BuildLocks, BuildLocks]:
         raise NotImplementedError
 
+    @pytest.fixture
+    def reserving(self) -> tuple[BuildLocks, BuildLocks]:
+        """Return likewise, with one of the two slots reserved."""
+        raise NotImplementedError
+
     async def test_a_key_is_locked_once_and_again_when_it_was_released(
         self, locks: tuple[BuildLocks, BuildLocks]
     ) -> None:
@@ -54,6 +59,30 @@ class BuildLocksContract:
         assert third
         for each in (first, third):
             await each.release()
+
+    async def test_the_last_slot_is_reserved_for_a_client_that_has_none(
+        self, reserving: tuple[BuildLocks, BuildLocks]
+    ) -> None:
+        here, there = reserving
+        first = await here.slot("a", "b")
+        assert first
+        assert first.client == "a"
+        assert await here.slot("a") is None
+        assert await there.slot("a") is None
+        second = await there.slot("a", "b", "c")
+        assert second
+        assert second.client == "b"
+        assert await here.slot("c") is None
+        await first.release()
+        assert await here.slot("b") is None
+        third = await here.slot("b", "a")
+        assert third
+        assert third.client == "a"
+        for each in (second, third):
+            await each.release()
+        alone = await there.slot("b")
+        assert alone
+        await alone.release()
 
     async def test_the_last_waiter_in_another_process_is_known(
         self, locks: tuple[BuildLocks, BuildLocks]

@@ -1,9 +1,16 @@
 """Which builds run, and which wait for their turn; who waits for them; how they ended.
 
 A build belongs to the application, not to a request. There is one per key, however many wait for it; it is
-cancelled when nobody has waited for a while. A limited number runs at once, and those that wait take turns by
-client, so that one that asks for a hundred images delays another by one build, not by a hundred. A build
-that failed is remembered for a moment, because clients ask more than once for what they can't have.
+cancelled when nobody has waited for a while, which is short as long as it has not begun. A build that failed
+is remembered for a moment, because clients ask more than once for what they can't have.
+
+A limited number runs at once, and a limited number waits; all of it is shared between clients:
+
+- Those that wait take turns by client (`builds.turns`), so that one that asks for a hundred images delays
+  another by one build, not by a hundred. A build that several wait for has the earliest of their turns.
+- The last slots are reserved for clients that have no build running: no client's slow builds hold them all.
+- When the queue is full, what nobody waits for gives way, and then the newest build of the client that has
+  most, to one that has fewer.
 
 All of this holds over the processes that share a folder, too, but for the order of turns, which each process
 has for itself. What another process builds is followed, without a turn; if that process dies, or gives the
@@ -18,11 +25,12 @@ What is in the queue goes through these states:
 """
 
 import asyncio
+import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from secrets import token_hex
@@ -32,11 +40,14 @@ from typing import Self
 import structlog
 
 from chandlery.builds.build import Build, BuildState
+from chandlery.builds.build_logs import BuildLogs
 from chandlery.builds.failures import FailedBuilds
-from chandlery.builds.locks import BuildLock, FileBuildLocks
+from chandlery.builds.locks import BuildSlot, FileBuildLocks
 from chandlery.builds.recipe import Recipe
+from chandlery.builds.turns import Turns
 from chandlery.builds.unfinished import UnfinishedBuilds
 from chandlery.errors import (
+    BuildDisplacedError,
     BuildPendingError,
     BuildStoppedError,
     ChandleryError,
@@ -48,8 +59,8 @@ from chandlery.oci.documents import BuiltImage
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-# Builds that have ended and can still be looked at, and logs that are kept.
-_REMEMBERED = 200
+# Builds that have ended and can still be looked at, and logs that are kept; how many more there may be.
+_REMEMBERED, _TRIM_AFTER = 200, 20
 
 # Seconds between looks at what other processes build, while somebody waits here.
 _POLL = 0.1
@@ -60,20 +71,31 @@ TAKEN_OVER = "taken over"
 _OWN = frozenset({SELF_REPAIR, TAKEN_OVER})
 
 
+def admit_all(_: str) -> None:
+    """Let every client have as many builds as it likes; see `QueueLimits`."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
     """How many builds run and wait; times are in seconds.
 
     `grace` is how long a build goes on that nobody waits for, `failure_memory` for how long a failed one is
     answered without trying again. `admit` is called with the client of each new build, and raises if that may
-    not have another.
+    not have another. Of those that run, `reserved` are for clients that have none running.
+
+    A build that has not begun and that nobody waits for is kept for `queued_grace`, in which clients come
+    again that were answered 429; in a full queue it is safe for `absence` alone, which is longer than a
+    client takes to come again when it is sent on to itself.
     """
 
     running: int = 4
     queued: int = 100
     grace: float = 300.0
     failure_memory: float = 10.0
-    admit: Callable[[str], None] = lambda _: None
+    admit: Callable[[str], None] = admit_all
+    reserved: int = 0
+    queued_grace: float = 30.0
+    absence: float = 10.0
 
 
 # What carries out a build, and what returns the image of a key if it is known.
@@ -93,14 +115,26 @@ class _State(Enum):
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A build in the queue; `owner` is the id of the build of its key that another process has or had."""
+    """A build in the queue; `owner` is the id of the build of its key that another process has or had.
+
+    `client` is the one in whose turn it was begun; `waiting` says how many requests of each client wait, and
+    since the time `left_at` (of `time.monotonic`) there are none.
+    """
 
     build: Build
     outcome: "asyncio.Future[BuiltImage]"
     state: _State
     owner: str | None = None
+    client: str = ""
+    waiting: Counter[str] = field(default_factory=Counter)
+    left_at: float = math.inf
     task: "asyncio.Task[None] | None" = None
     abandoned: "asyncio.Task[None] | None" = None
+
+    @property
+    def is_own(self) -> bool:
+        """Return whether the server itself wants it."""
+        return self.build.client in _OWN
 
 
 class BuildQueue:
@@ -113,13 +147,14 @@ class BuildQueue:
 
     def __init__(self, limits: QueueLimits, folder: Path, *, build: Work, known: Known) -> None:
         self.observers: list[Observer] = []
-        self.locks = FileBuildLocks(folder, limits.running)
+        self.locks = FileBuildLocks(folder, limits.running, limits.reserved)
         self._build = build
         self._known = known
         self._limits = limits
-        self._folder = folder
+        self._logs = BuildLogs(folder, _REMEMBERED)
+        self._ended_since_trim = 0
         self._entries: dict[str, _Entry] = {}  # by key: all that has not ended
-        self._waiting: OrderedDict[str, deque[_Entry]] = OrderedDict()  # by client, the next one first
+        self._turns = Turns[_Entry]()  # of all that is WAITING
         self._running = 0
         self._stopping = False
         self._failures = FailedBuilds(folder, limits.failure_memory)
@@ -131,9 +166,7 @@ class BuildQueue:
     async def __aenter__(self) -> Self:
         await self.locks.open()
         self._failures.sweep()
-        by_age = sorted(self._folder.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in by_age[_REMEMBERED:]:
-            old.unlink(missing_ok=True)
+        await self._logs.trim()
         self._scheduler = asyncio.create_task(self._schedule(), name="build queue")
         return self
 
@@ -163,8 +196,9 @@ class BuildQueue:
     async def wait(self, recipe: Recipe, client: str = "", deadline: Deadline = NO_DEADLINE) -> BuiltImage:
         """Return the image of a recipe, joining the build of its key if there is one.
 
-        `client` is for fairness. Raises what the build raises, `TooManyBuildsError` if the queue is full, and
-        `BuildPendingError` at the deadline: then the build goes on.
+        `client` is for fairness. Raises what the build raises, `TooManyBuildsError` if the queue is full,
+        `BuildDisplacedError` if the build gives way in it, and `BuildPendingError` at the deadline: then the
+        build goes on.
         """
         key = recipe.key
         while True:
@@ -172,13 +206,13 @@ class BuildQueue:
             if entry is None:
                 owner = await self.locks.owner(key)
                 entry = self._entries.get(key) or self._submit(recipe, client, owner)
-            with self._waits(entry):
+            with self._waits(entry, client):
                 await asyncio.wait([entry.outcome], timeout=deadline.left)
             if not entry.outcome.done():
                 build_id = entry.owner or entry.build.id
                 raise BuildPendingError(recipe.title, build_id, self.position(entry.build))
             # One that joined a build in the moment in which it was given up starts it anew.
-            if entry.build.state is not BuildState.CANCELLED or self._stopping:
+            if not isinstance(entry.outcome.exception(), BuildStoppedError) or self._stopping:
                 return entry.outcome.result()
 
     async def take_over(self) -> list[Recipe]:
@@ -196,12 +230,12 @@ class BuildQueue:
 
     def log_file(self, build_id: str) -> Path:
         """Return where the log of a build is; `build_id` is trusted to be one."""
-        return self._folder / f"{build_id}.log"
+        return self._logs.file(build_id)
 
     @property
     def queued(self) -> int:
         """How many builds wait for their turn, of this process."""
-        return sum(map(len, self._waiting.values()))
+        return len(self._turns)
 
     @property
     def running(self) -> int:
@@ -210,8 +244,8 @@ class BuildQueue:
 
     def position(self, build: Build) -> int:
         """Return how many builds start before this one and it, in the order of turns; 0 when it runs."""
-        turns = (each.build for each in self._turns())
-        return next((number for number, each in enumerate(turns, 1) if each is build), 0)
+        turns = enumerate(self._turns, 1)
+        return next((number for number, each in turns if each.build is build), 0)
 
     def _submit(self, recipe: Recipe, client: str, owner: str | None) -> _Entry:
         """Take a build of a key whose lock has an owner, or none."""
@@ -221,11 +255,13 @@ class BuildQueue:
         if failure is not None:
             raise failure
         if owner is None:
-            # Those that will start at once don't have to wait.
-            if self.queued - (self._limits.running - self._running) >= self._limits.queued:
+            displaced = self._displaced_by(client) if self._is_full else None
+            if self._is_full and displaced is None:
                 raise TooManyBuildsError(recipe.title, self._limits.queued)
             if client not in _OWN:
                 self._limits.admit(client)
+            if displaced is not None:
+                self._displace(displaced)
         build_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(4)}"
         build = Build(recipe, client, self.log_file(build_id), build_id, time.time())
         entry = _Entry(build, asyncio.get_running_loop().create_future(), _State.WAITING)
@@ -236,79 +272,103 @@ class BuildQueue:
             self._follow(entry, owner)
         return entry
 
+    # A full queue.
+
+    @property
+    def _is_full(self) -> bool:
+        # Those that will start at once don't have to wait.
+        return self.queued - (self._limits.running - self._running) >= self._limits.queued
+
+    def _displaced_by(self, client: str) -> _Entry | None:
+        """Return what gives way to a build of a client; nothing, if each has its share."""
+        absent_since = time.monotonic() - self._limits.absence
+        absent = [each for each in self._turns if each.left_at <= absent_since and not each.is_own]
+        if absent:
+            return min(absent, key=lambda each: each.left_at)
+        running = Counter(each.client for each in self._entries.values() if each.state is _State.RUNNING)
+        return self._turns.gives_way_to(client, running, exempt=_OWN)
+
+    def _displace(self, entry: _Entry) -> None:
+        build = entry.build
+        log.info("build displaced: the queue is full", build=build.id, image=build.image, client=build.client)
+        self._turns.remove(entry)
+        self._end(entry, BuildState.CANCELLED, BuildDisplacedError(build.image, self._limits.queued))
+
     # Taking turns.
 
     def _take_turns(self, entry: _Entry) -> None:
         build = entry.build
         log.info("build queued", build=build.id, image=build.image, client=build.client)
         entry.state, entry.owner, entry.task = _State.WAITING, None, None
-        self._waiting.setdefault(build.client, deque()).append(entry)
+        self._turns.join(build.client, entry)
+        self._share_turns(entry)
         self._changed.set()
 
-    def _withdraw(self, entry: _Entry) -> None:
-        """Take an entry from those that wait."""
-        queue = self._waiting[entry.build.client]
-        queue.remove(entry)
-        if not queue:
-            del self._waiting[entry.build.client]
-
-    def _turns(self) -> Iterator[_Entry]:
-        """Return what waits, in the order in which it will start: one of each client, then again."""
-        queues = [list(queue) for queue in self._waiting.values()]
-        for round_number in range(max(map(len, queues), default=0)):
-            for queue in queues:
-                if round_number < len(queue):
-                    yield queue[round_number]
+    def _share_turns(self, entry: _Entry) -> None:
+        """Give an entry the turns of all clients that wait for it; if there is none, it keeps what it has."""
+        if entry.state is not _State.WAITING:
+            return
+        for client in entry.waiting:
+            self._turns.join(client, entry)
+        if entry.waiting:
+            for client in set(self._turns.clients(entry)) - entry.waiting.keys():
+                self._turns.leave(client, entry)
 
     async def _schedule(self) -> None:
         """Start what has its turn, whenever something has changed here, or may have in other processes."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_POLL if self._waiting else None):
+                async with asyncio.timeout(_POLL if self._turns else None):
                     await self._changed.wait()
             self._changed.clear()
             try:
                 await self._start_next()
+                if self._ended_since_trim >= _TRIM_AFTER:
+                    self._ended_since_trim = 0
+                    await self._logs.trim()
             except Exception:
                 log.exception("builds can't be started")
                 await asyncio.sleep(_POLL)
 
     async def _start_next(self) -> None:
         """Start what has its turn, as far as may run at once, and follow what other processes have begun."""
-        all_taken = False
-        for entry in list(self._turns()):
-            owner = await self.locks.owner(entry.build.key)
-            if entry.state is not _State.WAITING:
-                continue  # it was cancelled meanwhile
-            if owner is not None:
-                self._withdraw(entry)
-                self._follow(entry, owner)
-            elif not all_taken:
-                slot = await self.locks.slot() if self._running < self._limits.running else None
-                all_taken = slot is None
-                if slot is not None:
-                    await self._try_to_start(entry, slot)
+        await self._follow_others()
+        while self._turns and self._running < self._limits.running:
+            heads = self._turns.heads
+            slot = await self.locks.slot(*heads)
+            if slot is None:
+                return
+            if not await self._try_to_start(heads[slot.client], slot):
+                await self._follow_others()
 
-    async def _try_to_start(self, entry: _Entry, slot: BuildLock) -> None:
+    async def _follow_others(self) -> None:
+        for entry in list(self._turns):
+            owner = await self.locks.owner(entry.build.key)
+            # It may have been cancelled meanwhile.
+            if owner is not None and entry.state is _State.WAITING:
+                self._turns.remove(entry)
+                self._follow(entry, owner)
+
+    async def _try_to_start(self, entry: _Entry, slot: BuildSlot) -> bool:
         """Start a build, which has a slot and its key as long as it runs; not if another process is at it."""
         build = entry.build
         async with AsyncExitStack() as held:
             held.push_async_callback(slot.release)
             lock = await self.locks.acquire(build.key, build.id)
             if lock is None:
-                return
+                return False
             held.push_async_callback(lock.release)
             if entry.state is not _State.WAITING:
-                return
-            self._withdraw(entry)
-            if build.client in self._waiting:
-                self._waiting.move_to_end(build.client)  # the others' turn comes first
+                return False
+            self._turns.remove(entry)
+            self._turns.took(slot.client)
             self._running += 1
-            entry.state, build.state = _State.RUNNING, BuildState.RUNNING
+            entry.state, build.state, entry.client = _State.RUNNING, BuildState.RUNNING, slot.client
             # Not in the context of whatever build has just ended.
             entry.task = asyncio.create_task(
                 self._run(entry, held.pop_all()), name=f"build {build.id}", context=build.context
             )
+        return True
 
     # Running, here or in another process.
 
@@ -399,32 +459,42 @@ class BuildQueue:
         if entry.owner is not None:
             return
         self._ended.append(entry.build)
+        self._ended_since_trim += 1
         for observe in self.observers:
             observe(entry.build)
 
     # Giving up.
 
     @contextmanager
-    def _waits(self, entry: _Entry) -> Iterator[None]:
+    def _waits(self, entry: _Entry, client: str) -> Iterator[None]:
         """Count who waits; the last one to leave starts the time after which a build is cancelled."""
         if entry.abandoned is not None:
             entry.abandoned.cancel()
             entry.abandoned = None
         entry.build.waiters += 1
+        entry.waiting[client] += 1
+        entry.left_at = math.inf
+        self._share_turns(entry)
         try:
             yield
         finally:
             entry.build.waiters -= 1
+            entry.waiting -= Counter([client])
+            self._share_turns(entry)
             if entry.build.waiters == 0 and not entry.outcome.done():
+                entry.left_at = time.monotonic()
                 entry.abandoned = asyncio.create_task(self._abandon(entry))
 
     async def _abandon(self, entry: _Entry) -> None:
         """Cancel a build for which nobody has waited for the grace time, here or in other processes."""
         left = self._limits.grace
+        if entry.state is not _State.RUNNING and not entry.is_own:
+            left = min(left, self._limits.queued_grace)
         while True:
             await asyncio.sleep(max(0.0, left))
             if entry.state is not _State.RUNNING:
                 break
+            # It may have begun since: then it is left no longer than it runs.
             left = self._limits.grace - await self.locks.last_waiter(entry.build.key)
             if left <= 0:
                 break
@@ -438,5 +508,5 @@ class BuildQueue:
             if not entry.task.cancelling():
                 entry.task.cancel()
             return
-        self._withdraw(entry)
+        self._turns.remove(entry)
         self._end(entry, BuildState.CANCELLED, BuildStoppedError(entry.build.image, entry.build.id))

@@ -21,8 +21,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 _SUFFIX = ".building"
 
-# Bytes of a build's id, at most.
-_LONGEST_ID = 64
+# Bytes of a build's id, and of a client, at most.
+_LONGEST_ID, _LONGEST_CLIENT = 64, 512
 
 
 class BuildLock(Protocol):
@@ -33,6 +33,15 @@ class BuildLock(Protocol):
         ...
 
 
+class BuildSlot(BuildLock, Protocol):
+    """One of the slots in which builds run; it is held for `client`."""
+
+    @property
+    def client(self) -> str:
+        """The client for which it is held."""
+        ...
+
+
 class BuildLocks(Protocol):
     """The locks of builds, as one process sees them."""
 
@@ -40,8 +49,12 @@ class BuildLocks(Protocol):
         """Return the lock of a key, or None if it has an owner; `build_id` is what others are told."""
         ...
 
-    async def slot(self) -> BuildLock | None:
-        """Return one of as many slots as builds may run at once, over all; None if all are taken."""
+    async def slot(self, *clients: str) -> BuildSlot | None:
+        """Return one of as many slots as builds may run at once, over all; None if there is none to have.
+
+        It is for the first of the clients that may have one: the last ones may be reserved for those that
+        have none yet.
+        """
         ...
 
     async def owner(self, key: str) -> str | None:
@@ -60,14 +73,17 @@ class BuildLocks(Protocol):
 class FileBuildLocks:
     """Locks in a folder that processes of this machine share; at most `slots` builds run at once.
 
+    Of the slots, so many are `reserved` for clients that have none.
+
         <folder>/<key>.building   the id of the build; locked by the process that has it
-        <folder>/slots/<number>   locked by a build that runs
+        <folder>/slots/<number>   the client of a build that runs; locked by that
 
     The time of a `.building` file is that of the last waiter in another process.
     """
 
-    def __init__(self, folder: Path, slots: int) -> None:
+    def __init__(self, folder: Path, slots: int, reserved: int = 0) -> None:
         self._folder = folder
+        self._reserved = reserved
         self._slots = [folder / "slots" / str(number) for number in range(slots)]
 
     async def open(self) -> None:
@@ -98,16 +114,26 @@ class FileBuildLocks:
                 return _FileLock(descriptor, file)
             os.close(descriptor)
 
-    async def slot(self) -> BuildLock | None:
+    async def slot(self, *clients: str) -> BuildSlot | None:
         """See `BuildLocks`."""
-        for file in self._slots:
-            try:
+        free: list[int] = []
+        holders = set[bytes]()
+        try:
+            for file in self._slots:
                 descriptor = open_locked(file)
-            except OSError as error:
-                log.warning("builds can't be counted", file=str(file), reason=error.strerror)
-                return _FileLock(None)
-            if descriptor is not None:
-                return _FileLock(descriptor)
+                if descriptor is None:
+                    holders.add(file.read_bytes())
+                else:
+                    free.append(descriptor)
+            for client in clients or ("",):
+                if len(free) > (self._reserved if _as_bytes(client) in holders else 0):
+                    return _FileSlot(free.pop(0), client)
+        except OSError as error:
+            log.warning("builds can't be counted", folder=str(self._folder), reason=error.strerror)
+            return _FileSlot(None, next(iter(clients), ""))
+        finally:
+            for each in free:
+                os.close(each)
         return None
 
     async def owner(self, key: str) -> str | None:
@@ -147,3 +173,19 @@ class _FileLock:
                 self._file.unlink()
         os.close(self._descriptor)
         self._descriptor = None
+
+
+class _FileSlot(_FileLock):
+    """A slot, which says for which client it is held; it stays when it is released."""
+
+    def __init__(self, descriptor: int | None, client: str) -> None:
+        super().__init__(descriptor)
+        self.client = client
+        if descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _as_bytes(client))
+
+
+def _as_bytes(client: str) -> bytes:
+    return client.encode(errors="surrogatepass")[:_LONGEST_CLIENT]

@@ -11,7 +11,7 @@ from chandlery.access.control import AccessControl, Accounts
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.tokens import Tokens, load_key
 from chandlery.access.users import Users
-from chandlery.builds.build_queue import QueueLimits
+from chandlery.builds.build_queue import QueueLimits, admit_all
 from chandlery.builds.images import BuildCapacity, Images
 from chandlery.builds.pipeline import BuildLimits
 from chandlery.builds.popularity_tables import PopularityTables
@@ -215,7 +215,9 @@ def open_images(
             ceil(settings.queued_builds / workers),
             settings.abandoned_build_grace,
             settings.failure_memory,
-            *((control.admit_build,) if control else ()),
+            control.admit_build if control else admit_all,
+            # Of a single slot nothing can be reserved: clients take turns.
+            reserved=min(1, settings.parallel_builds - 1),
         ),
         BuildLimits(settings.max_packages, settings.max_closure_size, settings.min_free_disk),
     )

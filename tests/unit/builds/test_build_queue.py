@@ -9,6 +9,7 @@ import pytest
 from chandlery.builds.build import Build, BuildState
 from chandlery.builds.build_queue import SELF_REPAIR, TAKEN_OVER, Known, QueueLimits
 from chandlery.errors import (
+    BuildDisplacedError,
     BuildError,
     BuildPendingError,
     BuildStoppedError,
@@ -130,13 +131,173 @@ async def test_a_client_that_asks_for_many_images_delays_another_by_one_turn() -
 async def test_a_full_queue_takes_no_other_build_but_lets_clients_join_those_it_has() -> None:
     gate = Gate()
     async with WorkQueue(QueueLimits(running=1, queued=2), LOGS) as queue:
-        tasks = [ask(queue, name, gate) for name in ("one", "two", "three")]
+        tasks = [ask(queue, name, gate, f"client of {name}") for name in ("one", "two", "three")]
         await until(lambda: len(queue.builds()) == 3)
         with pytest.raises(TooManyBuildsError, match="four"):
             await queue.ask("four", gate, "b")
         tasks.append(ask(queue, "three", gate, "b"))
         gate.open.set()
         await asyncio.gather(*tasks)
+
+
+# Shares of clients
+
+
+async def test_one_client_that_fills_the_queue_stops_nobody_else() -> None:
+    gate = Gate()
+    async with WorkQueue(QueueLimits(running=1, queued=5), LOGS) as queue:
+        greedy = [ask(queue, f"greedy{number}", gate, "greedy") for number in range(6)]
+        await until(lambda: queue.queued == 5)
+        with pytest.raises(TooManyBuildsError, match="greedy6"):
+            await queue.ask("greedy6", gate, "greedy")
+        modest = [ask(queue, f"modest{number}", gate, "modest") for number in range(2)]
+        with pytest.raises(BuildDisplacedError, match=r"greedy5 .* a client with fewer builds") as displaced:
+            await greedy.pop()
+        assert displaced.value.retry_after > 0
+        with pytest.raises(BuildDisplacedError, match="greedy4"):
+            await greedy.pop()
+        assert queue.queued == 5
+        # Now the difference is one, with the one that runs: nobody displaces anybody any more.
+        modest.append(ask(queue, "modest2", gate, "modest"))
+        with pytest.raises(BuildDisplacedError, match="greedy3"):
+            await greedy.pop()
+        for client in ("greedy", "modest"):
+            with pytest.raises(TooManyBuildsError, match="another"):
+                await queue.ask("another", gate, client)
+        gate.open.set()
+        assert await asyncio.gather(*greedy, *modest) == [IMAGE] * 6
+    states = [build.state for build in queue.builds()]
+    assert (states.count(BuildState.CANCELLED), states.count(BuildState.FINISHED)) == (3, 6)
+
+
+async def test_what_nobody_waits_for_gives_way_in_a_full_queue_whoever_asked_for_it() -> None:
+    gate = Gate()
+    limits = QueueLimits(running=1, queued=2, absence=0.0)
+    async with WorkQueue(limits, LOGS) as queue:
+        tasks = [ask(queue, name, gate, f"client of {name}") for name in ("running", "waited for")]
+        await until(lambda: bool(gate.begun))
+        with pytest.raises(BuildPendingError):
+            await queue.ask("left", gate, "client of left", timeout=0)
+        tasks.append(ask(queue, "new", gate, "client of new"))
+        await until(lambda: any(build.state is BuildState.CANCELLED for build in queue.builds()))
+        gate.open.set()
+        await asyncio.gather(*tasks)
+    assert gate.begun == ["running", "waited for", "new"]
+
+
+async def test_a_client_between_two_requests_of_one_pull_keeps_its_build_in_a_full_queue() -> None:
+    gate = Gate()
+    async with WorkQueue(QueueLimits(running=1, queued=1), LOGS) as queue:
+        running = ask(queue, "running", gate, "a")
+        await until(lambda: bool(gate.begun))
+        with pytest.raises(BuildPendingError):
+            await queue.ask("sent on", gate, "b", timeout=0)
+        with pytest.raises(TooManyBuildsError):
+            await queue.ask("new", gate, "c")
+        again = ask(queue, "sent on", gate, "b")
+        gate.open.set()
+        await asyncio.gather(running, again)
+    assert gate.begun == ["running", "sent on"]
+
+
+async def test_what_has_not_begun_is_left_for_a_shorter_time_than_what_runs() -> None:
+    gate = Gate()
+    async with WorkQueue(QueueLimits(running=1, grace=60.0, queued_grace=0.0), LOGS) as queue:
+        for name in ("running", "queued"):
+            with pytest.raises(BuildPendingError):
+                await queue.ask(name, gate, timeout=0.05)
+        taken_over = asyncio.create_task(queue.ask("own", gate, TAKEN_OVER, timeout=0))
+        with pytest.raises(BuildPendingError):
+            await taken_over
+        await until(lambda: queue.queued == 1)
+        gate.open.set()
+        await until(lambda: queue.queued == 0 and queue.running == 0)
+    states = {name_of(build): build.state for build in queue.builds()}
+    assert states == {
+        "running": BuildState.FINISHED,
+        "queued": BuildState.CANCELLED,
+        "own": BuildState.FINISHED,
+    }
+
+
+async def test_a_build_that_begins_after_it_was_left_has_the_grace_of_one_that_runs() -> None:
+    first, gate = Gate(), Gate()
+    async with WorkQueue(QueueLimits(running=1, grace=60.0, queued_grace=0.2), LOGS) as queue:
+        running = ask(queue, "first", first)
+        await until(lambda: bool(first.begun))
+        for name in ("left", "left later"):
+            with pytest.raises(BuildPendingError):
+                await queue.ask(name, gate, timeout=0)
+        first.open.set()
+        await running
+        await until_slowly(lambda: queue.queued == 0)
+        later, left, _ = queue.builds()
+        assert (later.state, left.state) == (BuildState.CANCELLED, BuildState.RUNNING)
+        gate.open.set()
+        await until(lambda: queue.running == 0)
+    assert gate.begun == ["left"]
+
+
+async def test_what_the_server_wants_itself_gives_way_to_nobody() -> None:
+    gate = Gate()
+    async with WorkQueue(QueueLimits(running=1, queued=3, absence=0.0), LOGS) as queue:
+        own = [ask(queue, f"own{number}", gate, SELF_REPAIR) for number in range(4)]
+        await until(lambda: queue.queued == 3)
+        with pytest.raises(TooManyBuildsError):
+            await queue.ask("other", gate, "a")
+        gate.open.set()
+        await asyncio.gather(*own)
+
+
+async def test_who_is_refused_displaces_nothing() -> None:
+    def admit(client: str) -> None:
+        if client == "refused":
+            raise RateLimitError("builds", 1, "hour", 60)
+
+    gate = Gate()
+    async with WorkQueue(QueueLimits(running=1, queued=3, admit=admit), LOGS) as queue:
+        greedy = [ask(queue, f"greedy{number}", gate, "greedy") for number in range(4)]
+        await until(lambda: queue.queued == 3)
+        with pytest.raises(RateLimitError):
+            await queue.ask("other", gate, "refused")
+        gate.open.set()
+        assert await asyncio.gather(*greedy) == [IMAGE] * 4
+
+
+async def test_a_build_that_a_client_joins_has_its_turn_too() -> None:
+    gate = Gate()
+    async with WorkQueue(QueueLimits(running=1), LOGS) as queue:
+        greedy = [ask(queue, f"greedy{number}", gate, "greedy") for number in range(10)]
+        await until(lambda: queue.queued == 9)
+        build = next(build for build in queue.builds() if name_of(build) == "greedy9")
+        assert queue.position(build) == 9
+        joined = ask(queue, "greedy9", gate, "modest")
+        await until(lambda: build.waiters == 2)
+        assert queue.position(build) == 2
+        leaver = greedy.pop()
+        leaver.cancel()
+        await until(lambda: build.waiters == 1)
+        assert queue.position(build) == 2
+        gate.open.set()
+        await asyncio.gather(joined, *greedy)
+    assert gate.begun.index("greedy9") <= 2
+
+
+async def test_slow_builds_of_one_client_leave_a_slot_for_another() -> None:
+    slow, gate = Gate(), Gate()
+    gate.open.set()
+    async with WorkQueue(QueueLimits(running=4, reserved=1), LOGS) as queue:
+        greedy = [ask(queue, f"greedy{number}", slow, "greedy") for number in range(8)]
+        await until(lambda: len(slow.begun) == 3)
+        for number in range(3):
+            assert await queue.ask(f"modest{number}", gate, "modest") == IMAGE
+        assert len(slow.begun) == 3
+        # Of what waits, that has the slot which a client joins that has none.
+        joined = ask(queue, "greedy7", slow, "third")
+        await until(lambda: len(slow.begun) == 4)
+        assert slow.begun[-1] == "greedy7"
+        slow.open.set()
+        await asyncio.gather(joined, *greedy)
 
 
 async def test_who_waits_too_long_is_told_the_build_and_its_place_and_can_ask_again() -> None:
@@ -363,6 +524,19 @@ async def test_stopping_twice_lets_a_build_clean_up_once_and_to_the_end() -> Non
     assert cleaned
 
 
+async def test_logs_are_trimmed_while_builds_go_on() -> None:
+    async def work(build: Build) -> BuiltImage:
+        build.log_file.touch()
+        return IMAGE
+
+    async with WorkQueue(QueueLimits(), LOGS) as queue:
+        for number in range(300):
+            await queue.ask(f"image{number}", work)
+        await until_slowly(lambda: len(list(LOGS.glob("*.log"))) <= 220)
+        newest = queue.builds()[0]
+        assert newest.log_file.exists()
+
+
 # Several processes
 
 
@@ -461,6 +635,22 @@ async def test_no_more_builds_run_than_the_limit_over_all_processes() -> None:
         gate.open.set()
         await asyncio.gather(*tasks)
     assert len(gate.begun) == 6
+
+
+async def test_a_slot_is_left_for_another_client_over_all_processes() -> None:
+    slow, gate = Gate(), Gate()
+    gate.open.set()
+    async with two_queues(QueueLimits(running=3, reserved=1)) as (first, second):
+        greedy = [
+            ask(queue, name, slow, "greedy")
+            for queue, name in zip([first, second] * 3, "abcdef", strict=True)
+        ]
+        await until(lambda: len(slow.begun) == 2)
+        assert await first.ask("modest", gate, "modest") == IMAGE
+        assert await second.ask("modest", gate, "modest") == IMAGE
+        assert len(slow.begun) == 2
+        slow.open.set()
+        await asyncio.gather(*greedy)
 
 
 async def test_a_build_goes_on_as_long_as_somebody_waits_in_another_process() -> None:

@@ -21,6 +21,10 @@ class TestFileBuildLocks(BuildLocksContract):
     def locks(self, tmp_path: Path, here: FileBuildLocks) -> tuple[BuildLocks, BuildLocks]:
         return here, FileBuildLocks(tmp_path, 2)
 
+    @pytest.fixture
+    async def reserving(self, tmp_path: Path, here: FileBuildLocks) -> tuple[BuildLocks, BuildLocks]:
+        return FileBuildLocks(tmp_path, 2, 1), FileBuildLocks(tmp_path, 2, 1)
+
 
 async def test_a_lock_that_was_released_leaves_nothing(tmp_path: Path, here: FileBuildLocks) -> None:
     lock = await here.acquire("git")
