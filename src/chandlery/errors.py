@@ -34,10 +34,12 @@ ChandleryError
 ├── BuildTooLargeError          an image is larger than this server makes
 ├── TryAgainError               not now: the same request succeeds later
 │   ├── BuildPendingError       the image is still being built
-│   │   └── PinPendingError     its package source is still being looked up
+│   │   ├── PinPendingError     its package source is still being looked up
+│   │   └── EvaluationPendingError  its packages are still being evaluated
 │   ├── BuildStoppedError       the server stops, or stopped this build
 │   ├── TooManyBuildsError      the queue is full
 │   │   └── BuildDisplacedError     the build gave way in it
+│   ├── TooManyEvaluationsError  so many names are being evaluated for one client that no other is
 │   ├── TooManyReferencesError  so many tags of a source were asked for that no other is looked up
 │   └── RateLimitError          one client asks for too much
 ├── NixError                    Nix itself failed
@@ -354,6 +356,14 @@ class PinPendingError(BuildPendingError):
         self.source = source
 
 
+class EvaluationPendingError(BuildPendingError):
+    """It isn't known yet whether the package set has what an image is made of."""
+
+    def __init__(self, image: str) -> None:
+        super().__init__(image, "", 0)
+        self.args = (f"the packages of {image} are still being evaluated: ask again in a moment",)
+
+
 class BuildStoppedError(TryAgainError):
     """The build was stopped before its end, as it is when the server stops."""
 
@@ -381,6 +391,18 @@ class BuildDisplacedError(TooManyBuildsError):
             f"{image} has lost its place in the queue to a client with fewer builds, since {limit} are "
             "waiting already: pull again later, and fewer images at once",
         )
+
+
+class TooManyEvaluationsError(TryAgainError):
+    """So many names are being evaluated for one client, with no build of theirs, that no other is."""
+
+    def __init__(self, image: str, limit: int) -> None:
+        super().__init__(
+            f"{image} can't be looked up now: {limit} other names are being looked up for you already; "
+            "ask again in a moment"
+        )
+        self.image = image
+        self.limit = limit
 
 
 class TooManyReferencesError(TryAgainError):

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from chandlery.builds.images import Pulled
+from chandlery.errors import BuildPendingError
 from chandlery.image.name import ImageRequest, NamePrefixes
 from chandlery.machine.deadline import Deadline
 from chandlery.nix.pinned_source import PinnedSource
@@ -58,8 +59,11 @@ class OneImage:
             return Pulled(self.index, PIN, is_index=True)
         return Pulled(self.image_.manifests, PIN, self.warnings)
 
-    async def tags(self, request: ImageRequest) -> Sequence[str]:
+    async def tags(self, request: ImageRequest, client: str, deadline: Deadline) -> Sequence[str]:
         self.requests.append(request)
+        self.clients.append((client, deadline.left or 0.0))
+        if isinstance(self.error, BuildPendingError):
+            raise self.error
         return self.known_tags
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:

@@ -15,7 +15,7 @@ class AsTheyAre:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
 
-    async def obtain(self, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+    async def obtain(self, digest: Digest, deadline: Deadline, client: str) -> BlobInfo | None:
         return await self._blobs.stat(digest)
 
     def path(self, digest: Digest) -> Path | None:

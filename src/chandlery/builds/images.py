@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ from typing import Self
 import structlog
 
 from chandlery.builds.build_queue import TAKEN_OVER, BuildQueue, QueueLimits
+from chandlery.builds.evaluations import Evaluations
 from chandlery.builds.known_images import KnownImages
 from chandlery.builds.pipeline import BuildLimits, Pipeline
 from chandlery.builds.popularity_tables import PopularityTables
@@ -147,13 +149,13 @@ class Images:
         self.queue = BuildQueue(
             capacity.queue, stores.folder / "builds", build=self._pipeline.make, known=self._known.find
         )
-        # Listing tags evaluates, too, and nobody queues for it.
-        self._listing = asyncio.Semaphore(capacity.queue.running)
+        self._evaluations = Evaluations(capacity.queue.running, capacity.queue.admit)
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         await self._exit.enter_async_context(self._pipeline)
         await self._exit.enter_async_context(self.queue)
+        await self._exit.enter_async_context(self._evaluations)
         return self
 
     async def __aexit__(
@@ -249,11 +251,20 @@ class Images:
             with suppress(ChandleryError):
                 await self.remake(recipe, TAKEN_OVER, Deadline.after(0.0))
 
-    async def tags(self, request: ImageRequest) -> Sequence[str]:
-        """Return the tags that an image has; `PackagesNotFoundError` when it can't have any."""
-        pin = await self._sources.of(request.source).pin(LATEST, request.platform)
-        async with self._listing:
-            await self._resolver.resolve(pin, request.platform.nix_system, request.all_packages)
+    async def tags(
+        self, request: ImageRequest, client: str = "", deadline: Deadline = NO_DEADLINE
+    ) -> Sequence[str]:
+        """Return the tags that an image has; `PackagesNotFoundError` when it can't have any.
+
+        What has to be evaluated for that counts for the `client` like a build; see `pull`.
+        """
+        source = self._sources.of(request.source)
+        async with _pending(request.name, source.text, deadline):
+            pin = await source.pin(LATEST, request.platform)
+        asked = pin, request.platform.nix_system, request.all_packages
+        if not await self._resolver.remembers(*asked):
+            evaluate = partial(self._resolver.resolve, *asked)
+            await self._evaluations.wait(asked, evaluate, request.name, client, deadline)
         return sorted({LATEST, pin.tag, *await self._stores.index.tags(request.name)})
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:

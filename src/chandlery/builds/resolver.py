@@ -41,6 +41,11 @@ class PackageResolver:
         self._index = index
         self._names: dict[tuple[str, ...], list[str]] = {}
 
+    async def remembers(self, pin: PinnedSource, system: str, attribute_paths: Sequence[str]) -> bool:
+        """Return whether `resolve` would evaluate nothing."""
+        records = await self._index.resolutions(_pin_key(pin, system), attribute_paths)
+        return all(path in records for path in attribute_paths)
+
     async def resolve(
         self, pin: PinnedSource, system: str, attribute_paths: Sequence[str], *, remembered: bool = True
     ) -> Mapping[str, Resolution]:
@@ -48,7 +53,7 @@ class PackageResolver:
 
         Raises `PackagesNotFoundError` and `EvaluationError`, each with all the packages that it is about.
         """
-        pin_key = Digest.of_parts([_DERIVATIONS_VERSION, *pin.key_parts, system]).hex
+        pin_key = _pin_key(pin, system)
         known: dict[str, Resolution] = {}
         if remembered:
             records = await self._index.resolutions(pin_key, attribute_paths)
@@ -108,3 +113,7 @@ class PackageResolver:
             if len(self._names) > _MOST_PLACES:
                 del self._names[next(iter(self._names))]
         return names
+
+
+def _pin_key(pin: PinnedSource, system: str) -> str:
+    return Digest.of_parts([_DERIVATIONS_VERSION, *pin.key_parts, system]).hex

@@ -2,7 +2,8 @@
 
 The index knows the size of every blob, and what the images that need it were made from. A blob that isn't
 there, has another size, or is in doubt after a crash and lacks its digest, is built again through the queue:
-once, however many ask. The result is the same to the byte, or an error that says why there is none.
+once, however many ask. The result is the same to the byte, or an error that says why there is none. What was
+lost counts for no client, and what was collected for the one that asks for it.
 
 What is handed out stays: an image is in use when one of its blobs is asked for, and a blob that belongs to no
 image that is kept has a lease for as long as it takes to open it.
@@ -58,12 +59,12 @@ class RepairedBlobs:
         self._recent: dict[Digest, tuple[float, RecordedBlob]] = {}
         self._leased: dict[Digest, asyncio.TimerHandle] = {}
 
-    async def obtain(self, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+    async def obtain(self, digest: Digest, deadline: Deadline, client: str = SELF_REPAIR) -> BlobInfo | None:
         """Return what is known of a blob that is there and whole, made again if need be.
 
         None means that no image ever needed it. A manifest is whole if its image is. Raises
         `BuildPendingError` at the deadline, when it is still being made again, and `BlobNotFoundError` with
-        the reason if it can't be.
+        the reason if it can't be. `client` is whose build it is if the image had been collected.
         """
         recorded = await self._in_use(digest)
         if recorded is None or not recorded.kept:
@@ -73,7 +74,7 @@ class RepairedBlobs:
             return info or await self._put_image_index(digest)
         if info is not None and (not recorded.is_manifest or await self._images.is_known(recorded.key)):
             return info
-        return await self.repair(digest, deadline)
+        return await self.repair(digest, deadline, SELF_REPAIR if recorded.kept else client)
 
     def path(self, digest: Digest) -> Path | None:
         """See `BlobStore`."""
@@ -87,12 +88,14 @@ class RepairedBlobs:
         """See `BlobStore`."""
         return self._blobs.read(digest, byte_range)
 
-    async def repair(self, digest: Digest, deadline: Deadline = NO_DEADLINE) -> BlobInfo:
+    async def repair(
+        self, digest: Digest, deadline: Deadline = NO_DEADLINE, client: str = SELF_REPAIR
+    ) -> BlobInfo:
         """Make a blob again that is not there; see `obtain`."""
         reasons = []
         for recipe in await self._index.recipes(digest, _RECIPES):
             try:
-                info = await self._made_again(digest, recipe, deadline)
+                info = await self._made_again(digest, recipe, deadline, client)
             except (TryAgainError, StorageError):
                 raise
             except ChandleryError as error:
@@ -106,10 +109,12 @@ class RepairedBlobs:
         log.error("a blob can't be made again", digest=str(digest), reason=reason)
         raise BlobNotFoundError(str(digest), reason)
 
-    async def _made_again(self, digest: Digest, recipe: Recipe, deadline: Deadline) -> BlobInfo | None:
+    async def _made_again(
+        self, digest: Digest, recipe: Recipe, deadline: Deadline, client: str
+    ) -> BlobInfo | None:
         """Make an image again; give what is known of a blob of it, None if it isn't one of its blobs now."""
         for _ in range(_ATTEMPTS):
-            image = await self._images.remake(recipe, SELF_REPAIR, deadline)
+            image = await self._images.remake(recipe, client, deadline)
             info = await self._blobs.stat(digest)
             if info is not None or digest not in {each.digest for each in image.descriptors}:
                 return info

@@ -23,6 +23,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from chandlery.access import client_address
+from chandlery.access.client_address import client_network
 from chandlery.access.control import TOKEN_PATH, AccessControl
 from chandlery.builds.images import Pulled
 from chandlery.errors import (
@@ -93,8 +94,11 @@ class ImageSource(Protocol):
         """
         ...
 
-    async def tags(self, request: ImageRequest) -> Sequence[str]:
-        """Return the tags of an image, in any order; the request's reference means nothing here."""
+    async def tags(self, request: ImageRequest, client: str, deadline: Deadline) -> Sequence[str]:
+        """Return the tags of an image, in any order; the request's reference means nothing here.
+
+        `client` and `deadline` are for what has to be evaluated for that, as with `pull`.
+        """
         ...
 
     async def needs(self, request: ImageRequest, digest: Digest) -> bool:
@@ -117,11 +121,12 @@ class ImageSource(Protocol):
 class ServedBlobs(BlobReader, Protocol):
     """Where blobs come from."""
 
-    async def obtain(self, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+    async def obtain(self, digest: Digest, deadline: Deadline, client: str) -> BlobInfo | None:
         """Return what is known of a blob that is there and whole, made again if it was lost.
 
-        None means that no image ever needed it. Raises `BuildPendingError` at the deadline, when it is still
-        being made again, and `BlobNotFoundError` with the reason if it can't be.
+        That counts for the client if the image had been collected. None means that no image ever needed it.
+        Raises `BuildPendingError` at the deadline, when it is still being made again, and
+        `BlobNotFoundError` with the reason if it can't be.
         """
         ...
 
@@ -215,7 +220,7 @@ class _RegistryAPI:
         deadline = Deadline.after(self._access.wait.hold)
         wanted = await self._image_request(request)
         digest = Digest.parse(request.path_params["digest"])
-        info = await self._obtain(wanted, digest, deadline)
+        info = await self._obtain(wanted, digest, deadline, self._client(request))
         if info is None:
             raise BlobNotFoundError(str(digest))
         headers = {**_digest_headers(digest), "cache-control": self._for_ever, "accept-ranges": "bytes"}
@@ -261,9 +266,10 @@ class _RegistryAPI:
 
     async def _manifest_by_digest(self, request: Request, digest: Digest, deadline: Deadline) -> _Manifest:
         wanted = await self._image_request(request)
-        descriptor, content = await self._described(wanted, digest, deadline)
+        client = self._client(request)
+        descriptor, content = await self._described(wanted, digest, deadline, client)
         headers = {"cache-control": self._for_ever}
-        check = partial(self._is_there, digest)
+        check = partial(self._is_there, digest, client)
         return _Manifest(descriptor, content, headers, check, self._images.max_age)
 
     async def _manifest_by_tag(self, request: Request, tag: str, deadline: Deadline) -> _Manifest:
@@ -281,9 +287,9 @@ class _RegistryAPI:
         check = None if pulled.warnings else self._check(pulled)
         return _Manifest(descriptor, content, headers, check, 0.0)
 
-    async def _is_there(self, digest: Digest) -> bool:
+    async def _is_there(self, digest: Digest, client: str) -> bool:
         deadline = Deadline.after(self._access.wait.hold)
-        return await self._blobs.obtain(digest, deadline) is not None
+        return await self._blobs.obtain(digest, deadline, client) is not None
 
     def _check(self, pulled: Pulled) -> Callable[[], Awaitable[bool]]:
         """Make what tells whether a tag still means what was pulled; its blobs are looked at now and then."""
@@ -311,14 +317,19 @@ class _RegistryAPI:
         return error_response(request, 307, "TOOMANYREQUESTS", str(pending), vars(pending), headers)
 
     def _client(self, request: Request) -> str:
-        """Return who sent a request; with access control, `_image_request` has found out."""
+        """Return what a client is counted under; with access control, `_image_request` has found out."""
         if self._access.control:
             return str(request.state.client)
-        return client_address.noted(request)
+        return client_network(client_address.noted(request))
 
     async def tags(self, request: Request) -> Response:
         """List tags (end-8a and end-8b)."""
-        known = await self._images.tags(await self._image_request(request))
+        deadline = Deadline.after(self._access.wait.hold)
+        wanted = await self._image_request(request)
+        try:
+            known = await self._images.tags(wanted, self._client(request), deadline)
+        except BuildPendingError as pending:
+            return self._keep_waiting(request, pending)
         name = request.path_params["name"]
         tags, more = _page(known, request.query_params.get("n"), request.query_params.get("last"))
         headers = {"cache-control": "no-cache"}
@@ -360,19 +371,21 @@ class _RegistryAPI:
         control = self._access.control
         return control is None or not control.restricts or await self._images.needs(wanted, digest)
 
-    async def _obtain(self, wanted: ImageRequest, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+    async def _obtain(
+        self, wanted: ImageRequest, digest: Digest, deadline: Deadline, client: str
+    ) -> BlobInfo | None:
         """Return what is known of a blob, if who may have the image may have it."""
         if not await self._may_have(wanted, digest):
             return None
-        return await self._blobs.obtain(digest, deadline)
+        return await self._blobs.obtain(digest, deadline, client)
 
     async def _described(
-        self, wanted: ImageRequest, digest: Digest, deadline: Deadline
+        self, wanted: ImageRequest, digest: Digest, deadline: Deadline, client: str
     ) -> tuple[Descriptor, bytes]:
         """Read a manifest, and be sure that it is one: the blob store also holds layers and configs."""
         name = wanted.name
         try:
-            info = await self._obtain(wanted, digest, deadline)
+            info = await self._obtain(wanted, digest, deadline, client)
         except BlobNotFoundError as error:
             raise ReferenceNotFoundError(name, str(digest), error.reason) from error
         if info is not None and info.size <= _LARGEST_MANIFEST:

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,12 +18,15 @@ from chandlery.errors import (
     BuildStoppedError,
     BuildTimeoutError,
     EvaluationError,
+    EvaluationPendingError,
     NixMissingError,
     PackagesNotFoundError,
+    RateLimitError,
     StorageFullError,
 )
 from chandlery.layers.root_layer import RootLayerOptions
-from chandlery.nix.nix import NixLimits
+from chandlery.machine.deadline import Deadline
+from chandlery.nix.nix import NixLimits, Resolution
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import CREATED, ManifestFormat, PackedLayer
 from tests.support import layers
@@ -362,6 +366,45 @@ async def test_tags_are_latest_the_revision_and_what_was_built(used: Workshop) -
     assert "latest" in (latest_or_revision, other)
     with pytest.raises(PackagesNotFoundError):
         await used.images.tags(a_request("nothing"))
+
+
+async def test_listing_tags_counts_like_a_build_where_something_has_to_be_evaluated(tmp_path: Path) -> None:
+    admitted: list[str] = []
+
+    def admit(client: str) -> None:
+        if len(admitted) == 2:
+            raise RateLimitError("builds", 2, "hour", 60)
+        admitted.append(client)
+
+    async with opened(tmp_path, capacity=BuildCapacity(queue=QueueLimits(admit=admit))) as workshop:
+        tags = workshop.images.tags
+        for _ in range(3):
+            assert await tags(a_request("hello"), "a")
+        await workshop.images.pull(a_request("hello"), "b")
+        assert await tags(a_request("hello"), "c")
+        assert admitted == ["a", "b"]
+        with pytest.raises(RateLimitError):
+            await tags(a_request("greeter"), "c")
+        assert workshop.nix.evaluated.count("greeter") == 0
+        # What is known is told to who may have nothing more.
+        assert await tags(a_request("hello"), "c")
+
+
+async def test_tags_that_take_long_to_evaluate_are_told_to_who_comes_again(
+    fresh: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve, gate = fresh.nix.resolve, asyncio.Event()
+
+    async def slowly(*arguments: Any) -> dict[str, Resolution]:
+        await gate.wait()
+        return await resolve(*arguments)
+
+    monkeypatch.setattr(fresh.nix, "resolve", slowly)
+    with pytest.raises(EvaluationPendingError):
+        await fresh.images.tags(a_request("hello"), "a", Deadline.after(2.0))
+    gate.set()
+    assert await fresh.images.tags(a_request("hello"), "a")
+    assert fresh.nix.evaluated.count("hello") == 1
 
 
 async def test_a_blob_belongs_to_the_names_of_images_that_need_it(used: Workshop) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chandlery.builds.build_queue import SELF_REPAIR
+from chandlery.builds.build_queue import SELF_REPAIR, QueueLimits
 from chandlery.builds.images import BuildCapacity
 from chandlery.builds.recipe import BuildOptions, Recipe
-from chandlery.errors import BlobNotFoundError, BuildPendingError
+from chandlery.errors import BlobNotFoundError, BuildPendingError, RateLimitError
 from chandlery.layers.root_layer import RootLayerOptions
 from chandlery.machine.deadline import Deadline
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
@@ -24,7 +24,7 @@ from chandlery.sources.package_source import PackageSource
 from chandlery.storage.blob_store import BlobInfo
 from tests.support import layers
 from tests.support.damage import a_blob, cut, flip, lose
-from tests.support.workshop import Workshop, opened
+from tests.support.workshop import Workshop, a_request, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -194,6 +194,44 @@ async def test_an_image_that_was_made_with_other_options_is_made_again_with_thos
             repairs.file(each.digest).unlink()
         for each in image.descriptors:
             assert await repairs.obtain(each.digest) == BlobInfo(each.size)
+
+
+# For whose account
+
+
+async def test_what_was_collected_is_made_again_for_the_client_that_asks_and_what_was_lost_for_nobody(
+    tmp_path: Path,
+) -> None:
+    admitted: list[str] = []
+
+    def admit(client: str) -> None:
+        if len(admitted) == 2:
+            raise RateLimitError("builds", 2, "hour", 60)
+        admitted.append(client)
+
+    async with repairing(tmp_path, capacity=BuildCapacity(queue=QueueLimits(admit=admit))) as repairs:
+        pulled = await repairs.workshop.images.pull(a_request("hello"), "puller")
+        image = await repairs.workshop.image("hello")
+        (recipe,) = pulled.recipes
+        digest = a_blob(image, "manifest")
+
+        async def obtain(client: str) -> BlobInfo | None:
+            return await repairs.blobs.obtain(digest, Deadline.after(60.0), client)
+
+        lose(repairs.file(digest))
+        assert await obtain("other")
+        assert admitted == ["puller"]
+        for collected in range(2):
+            assert await repairs.workshop.index.forget_image(recipe.key, float("inf"))
+            for each in image.descriptors:
+                repairs.file(each.digest).unlink()
+            if not collected:
+                assert await obtain("other")
+                assert await obtain("another")
+                assert repairs.workshop.images.queue.builds()[0].client == "other"
+        with pytest.raises(RateLimitError):
+            await obtain("another")
+    assert admitted == ["puller", "other"]
 
 
 # The table that an image was planned with

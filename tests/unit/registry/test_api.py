@@ -29,6 +29,7 @@ from chandlery.errors import (
     ChandleryError,
     CredentialsError,
     EvaluationError,
+    EvaluationPendingError,
     NixMissingError,
     PackagesNotFoundError,
     ReferenceNotFoundError,
@@ -456,7 +457,7 @@ class BlobsToBeMended(AsTheyAre):
         super().__init__(MemoryBlobStore())
         self._error = error
 
-    async def obtain(self, digest: Digest, deadline: Deadline) -> BlobInfo | None:
+    async def obtain(self, digest: Digest, deadline: Deadline, client: str) -> BlobInfo | None:
         raise self._error
 
 
@@ -485,6 +486,34 @@ async def test_what_can_not_be_made_again_is_not_found_and_the_reason_is_told() 
             assert response.status_code == 404
             assert oci_error(response)["code"] == code
             assert "its revision is gone" in response.text
+
+
+async def test_who_lists_tags_waits_for_an_evaluation_as_for_a_new_image(blobs: BlobStore) -> None:
+    images = OneImage(await one_image(blobs), error=EvaluationPendingError("git"))
+    access = Access(WaitPolicy(hold=7.5, redirections=1))
+    app = Starlette(routes=routes(images, AsTheyAre(blobs), HOST, access))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://registry") as client:
+        sent_on = await client.get("/v2/git/tags/list?n=2")
+        assert sent_on.status_code == 307
+        again = httpx.URL("http://registry/v2/git/tags/list").join(sent_on.headers["location"])
+        assert again.path == "/v2/git/tags/list"
+        assert again.params["n"] == "2"
+        refused = await client.get(again)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+    assert "evaluated" in oci_error(refused)["message"]
+    assert [left <= 7.5 for _, left in images.clients] == [True, True]
+
+
+async def test_addresses_of_one_network_are_one_client(blobs: BlobStore) -> None:
+    images = OneImage(await one_image(blobs))
+    app = Starlette(routes=routes(images, AsTheyAre(blobs), HOST))
+    for address in ("2001:db8::1", "2001:db8::2"):
+        transport = httpx.ASGITransport(app, client=(address, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://registry") as client:
+            for path in ("manifests/latest", "tags/list"):
+                await client.get(f"/v2/git/{path}")
+    assert {client_name for client_name, _ in images.clients} == {"2001:db8::/64"}
 
 
 async def test_a_client_is_whom_a_trusted_proxy_names_and_nobody_else(blobs: BlobStore) -> None:
