@@ -60,6 +60,23 @@ class BuildLocksContract:
         for each in (first, third):
             await each.release()
 
+    async def test_the_process_that_has_waited_longest_has_the_next_slot(
+        self, locks: tuple[BuildLocks, BuildLocks]
+    ) -> None:
+        here, there = locks
+        held = [await here.slot(), await here.slot()]
+        assert await there.slot() is None
+        assert await here.slot() is None
+        for each in held:
+            assert each
+            await each.release()
+        assert await here.slot() is None
+        first = await there.slot()
+        second = await here.slot()
+        for each in (first, second):
+            assert each
+            await each.release()
+
     async def test_the_last_slot_is_reserved_for_a_client_that_has_none(
         self, reserving: tuple[BuildLocks, BuildLocks]
     ) -> None:

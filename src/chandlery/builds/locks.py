@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from chandlery.builds.tickets import Tickets
 from chandlery.machine.age import age_of
 from chandlery.machine.disk_errors import storage_errors
 from chandlery.machine.locks import open_locked, try_lock
@@ -53,7 +54,7 @@ class BuildLocks(Protocol):
         """Return one of as many slots as builds may run at once, over all; None if there is none to have.
 
         It is for the first of the clients that may have one: the last ones may be reserved for those that
-        have none yet.
+        have none yet. Of processes that ask again and again, the one that has waited longest is first.
         """
         ...
 
@@ -77,6 +78,7 @@ class FileBuildLocks:
 
         <folder>/<key>.building   the id of the build; locked by the process that has it
         <folder>/slots/<number>   the client of a build that runs; locked by that
+        <folder>/slots/*.ticket   of processes that wait for one (`builds.tickets`)
 
     The time of a `.building` file is that of the last waiter in another process.
     """
@@ -85,11 +87,13 @@ class FileBuildLocks:
         self._folder = folder
         self._reserved = reserved
         self._slots = [folder / "slots" / str(number) for number in range(slots)]
+        self._tickets = Tickets(folder / "slots")
 
     async def open(self) -> None:
         """Make what isn't there yet, and remove what dead processes left. Raises `StorageError`."""
         with storage_errors(self._folder):
             (self._folder / "slots").mkdir(parents=True, exist_ok=True)
+            self._tickets.sweep()
         for file in self._folder.glob(f"*{_SUFFIX}"):
             left = await self.acquire(file.name.removesuffix(_SUFFIX))
             if left is not None:
@@ -116,6 +120,9 @@ class FileBuildLocks:
 
     async def slot(self, *clients: str) -> BuildSlot | None:
         """See `BuildLocks`."""
+        if not self._tickets.is_first():
+            self._tickets.keep()
+            return None
         free: list[int] = []
         holders = set[bytes]()
         try:
@@ -125,6 +132,11 @@ class FileBuildLocks:
                     holders.add(file.read_bytes())
                 else:
                     free.append(descriptor)
+            if not free:
+                self._tickets.keep()
+                return None
+            # Another process may have a client that may have what is free.
+            self._tickets.give_back()
             for client in clients or ("",):
                 if len(free) > (self._reserved if _as_bytes(client) in holders else 0):
                     return _FileSlot(free.pop(0), client)

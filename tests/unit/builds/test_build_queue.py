@@ -637,6 +637,21 @@ async def test_no_more_builds_run_than_the_limit_over_all_processes() -> None:
     assert len(gate.begun) == 6
 
 
+async def test_of_one_slot_the_processes_take_turns() -> None:
+    first_builds, gate = Gate(), Gate()
+    async with two_queues(QueueLimits(running=1)) as (first, second):
+        greedy = [ask(first, f"greedy{number}", first_builds, "greedy") for number in range(20)]
+        await until(lambda: bool(first_builds.begun))
+        modest = ask(second, "modest", gate, "modest")
+        await until(lambda: second.queued == 1)
+        await second.locks.slot()  # at its next look at the latest
+        gate.open.set()
+        first_builds.open.set()
+        await modest
+        assert len(first_builds.begun) < 20
+        await asyncio.gather(*greedy)
+
+
 async def test_a_slot_is_left_for_another_client_over_all_processes() -> None:
     slow, gate = Gate(), Gate()
     gate.open.set()
