@@ -13,7 +13,7 @@ import pytest
 
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import OCI_MANIFEST
-from tests.support.package_sets import SOURCE
+from tests.support.package_sets import SOURCE, Gates
 from tests.support.servers import RunningServer, serving
 
 _PACKAGES = ("hello", "jq", "greeter", "capital", "application", "assembly", "suite", "documentation")
@@ -97,3 +97,34 @@ async def test_clients_that_say_nothing_or_read_nothing_do_not_stop_others(serve
                 assert await pull(client, "large")
                 assert await pull(client, "hello/jq")
     print("connections held by clients that say or read nothing: 400")  # noqa: T201
+
+
+async def test_a_client_that_fills_slots_and_queue_stops_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Gates(tmp_path / "gates", tmp_path / "data")
+    variables = {
+        "CHANDLERY_PARALLEL_BUILDS": "2",
+        "CHANDLERY_QUEUED_BUILDS": "2",
+        "CHANDLERY_HOLD": "0.5",
+        "CHANDLERY_TRUSTED_PROXIES": "127.0.0.1",
+    }
+    with serving(tmp_path / "data", SOURCE, tmp_path / "server.log", variables=variables) as server:
+        greedy = {"x-forwarded-for": "203.0.113.66"}
+        modest = {"x-forwarded-for": "2001:db8::1"}
+        async with clients(server, 20) as client:
+
+            async def ask(name: str, who: dict[str, str], *, once: bool = False) -> httpx.Response:
+                path = f"/v2/{name}/manifests/latest"
+                return await client.get(path, headers=who, follow_redirects=not once)
+
+            # Their builders wait for a gate that nobody opens; half of the requests are left.
+            mixes = ["waiting-a", *(f"waiting-a/{each}" for each in _PACKAGES[:6])]
+            asked = [
+                asyncio.create_task(ask(mix, greedy, once=number > 3)) for number, mix in enumerate(mixes)
+            ]
+            await asyncio.gather(*asked[4:])
+            for name in ("hello", "jq"):
+                assert (await ask(name, modest)).status_code == 200
+            refused = [each for each in await asyncio.gather(*asked) if each.status_code != 307]
+            assert {each.status_code for each in refused} == {429}
+            assert all(int(each.headers["retry-after"]) > 0 for each in refused)

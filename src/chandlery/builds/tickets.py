@@ -3,8 +3,8 @@
     <folder>/<random>.ticket   since when its process waits, and when it last looked (see `time.monotonic`)
 
 A process that has just given a slot back would otherwise have it again before others see that it is free. A
-process that hasn't looked for a while is dead, stuck or content, and keeps nobody waiting. Where no ticket can be
-written, nobody waits for its process.
+process that hasn't looked for a while is dead, stuck or content, and keeps nobody waiting. Where no ticket
+can be written, nobody waits for its process.
 """
 
 import time

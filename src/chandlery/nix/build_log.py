@@ -1,4 +1,4 @@
-"""The log of a build, which says what Nix says as it comes, but only so much of it.
+"""The log of a build, which says what Nix says (`nix.log`) as it comes, but only so much of it.
 
     the first 16 MiB        as they come
     what is left out        a line says so, there and then
@@ -10,6 +10,7 @@ build may end with. Threads write, since a builder may talk without end, and a d
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from chandlery.machine.disk_errors import storage_errors
+from chandlery.nix.log import NixLog, OnWork
 
 _FIRST, _LAST = 16 << 20, 1 << 20
 
@@ -26,9 +28,15 @@ _LONGEST_LINE = 8192
 
 
 class BuildLog:
-    """Appends to a file, which gets the `first` and the `last` bytes of what is said; enter it to open it."""
+    """Appends to a file, which gets the `first` and the `last` bytes of what is said; enter it to open it.
 
-    def __init__(self, file: Path, first: int = _FIRST, last: int = _LAST) -> None:
+    `on_work` is that of `NixLog`, in seconds of `time.monotonic`.
+    """
+
+    def __init__(
+        self, file: Path, on_work: OnWork = lambda *_: None, first: int = _FIRST, last: int = _LAST
+    ) -> None:
+        self._nix_log = NixLog(self.add, on_work, time.monotonic)
         self._path = file
         self._first = first
         self._last = last
@@ -47,11 +55,17 @@ class BuildLog:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._nix_log.end()
         tail = b"".join(_last_of(self._tail, self._left_out))
         if self._left_out > len(tail):
             self._append(b"[chandlery: %d bytes are left out here]\n" % (self._left_out - len(tail)))
         self._append(tail)
         await asyncio.to_thread(self._write, self._taken(), close=True)
+
+    async def feed(self, piece: bytes) -> None:
+        """Take the next piece of Nix's log for programs, and write what it says."""
+        self._nix_log.feed(piece)
+        await self.flush()
 
     def add(self, line: bytes) -> None:
         """Take a line; `flush` writes it."""

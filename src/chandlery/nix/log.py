@@ -29,6 +29,9 @@ _FETCHED = re.compile(r"\.(deb|tar|tgz|zip|gz|xz|bz2|zst|lzma|patch|diff|gem|cra
 _LONGEST_LINE = 1 << 20
 
 
+OnWork = Callable[[Work, float, float], object]
+
+
 class NixLog:
     """Takes the log in pieces.
 
@@ -39,7 +42,7 @@ class NixLog:
     def __init__(
         self,
         on_text: Callable[[bytes], object],
-        on_work: Callable[[Work, float, float], object] = lambda *_: None,
+        on_work: OnWork = lambda *_: None,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._on_text = on_text

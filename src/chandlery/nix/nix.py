@@ -7,7 +7,6 @@ can read nothing but itself, and with limits of time and memory (see `nix.evalua
 import asyncio
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
@@ -31,7 +30,6 @@ from chandlery.nix.closure import Closure, ClosureNode, StorePath
 from chandlery.nix.configuration import NixConfiguration, NixLimits, NixOptions, Purpose, host_paths
 from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
 from chandlery.nix.evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
-from chandlery.nix.log import NixLog
 from chandlery.nix.output import (
     DerivationMissingError,
     LockedFlake,
@@ -220,22 +218,15 @@ class Nix:
             *("--log-format", "internal-json"),
         )
         timings = timings or Timings()
-        async with BuildLog(build_log) as said:
-            nix_log = NixLog(said.add, timings.add, time.monotonic)
-
-            async def take(piece: bytes) -> None:
-                nix_log.feed(piece)
-                await said.flush()
-
+        async with BuildLog(build_log, timings.add) as said:
             try:
                 result = await self._run(
                     *command,
                     purpose=Purpose.BUILD if own else Purpose.BUILD_OTHERS,
                     timeout=self._limits.build_timeout,
-                    on_output=take,
+                    on_output=said.feed,
                     check=False,
                 )
-                nix_log.end()
             except StoppedError as error:
                 what = ", ".join(package_name(path) for path in derivations)
                 tail = log_tail(said.last_words())

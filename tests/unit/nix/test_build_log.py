@@ -5,10 +5,11 @@ import pytest
 
 from chandlery.errors import StorageError
 from chandlery.nix.build_log import BuildLog
+from chandlery.telemetry.build_timings import Work
 
 
 async def logged(file: Path, lines: Sequence[bytes], first: int = 100, last: int = 50) -> BuildLog:
-    async with BuildLog(file, first, last) as log:
+    async with BuildLog(file, first=first, last=last) as log:
         for line in lines:
             log.add(line)
             await log.flush()
@@ -52,7 +53,7 @@ async def test_a_log_that_is_a_little_too_long_lacks_nothing(tmp_path: Path) -> 
 
 async def test_a_log_that_is_full_grows_no_more_until_its_end(tmp_path: Path) -> None:
     file = tmp_path / "log"
-    async with BuildLog(file, 100, 50) as log:
+    async with BuildLog(file, first=100, last=50) as log:
         sizes = set()
         for number in range(1000):
             log.add(line(number))
@@ -86,3 +87,19 @@ async def test_a_log_that_can_not_be_opened_is_told_and_one_without_space_is_not
         log.add(b"one\n")
         await log.flush()
     assert log.last_words() == "one\n"
+
+
+async def test_what_nix_says_is_told_as_it_comes_and_its_works_are_noted(tmp_path: Path) -> None:
+    file, works = tmp_path / "log", list[Work]()
+    said = (
+        b'@nix {"action":"start","id":1,"level":3,"text":"building git","type":105,"fields":[]}\n'
+        b'@nix {"action":"result","fields":["compiling \\"main.c\\""],"id":1,"type":101}\n'
+        b'@nix {"action":"stop","id":1}\n'
+        b"the end"
+    )
+    async with BuildLog(file, lambda work, *_: works.append(work)) as log:
+        await log.feed(said[:100])
+        assert file.read_bytes() == b"building git...\n"
+        await log.feed(said[100:])
+    assert file.read_text() == log.last_words() == 'building git...\ncompiling "main.c"\nthe end\n'
+    assert works == [Work.BUILD]
