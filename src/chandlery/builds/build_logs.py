@@ -1,7 +1,9 @@
-"""The logs of builds: the newest are kept, and those of builds that run in whatever process.
+"""The logs of builds, of which the newest are kept.
 
-<folder>/<id>.log         what Nix said in a build (`nix.build_log`)
-<folder>/<key>.building   the id of a build that runs (`builds.locks`)
+    <folder>/<id>.log         what Nix said in a build (`nix.build_log`)
+    <folder>/<key>.building   the id of a build that runs (`builds.locks`)
+
+The log of a build that runs is kept, in whatever process it does.
 """
 
 import asyncio

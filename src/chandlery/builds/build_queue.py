@@ -12,9 +12,9 @@ A limited number runs at once, and a limited number waits; all of it is shared b
 - When the queue is full, what nobody waits for gives way, and then the newest build of the client that has
   most, to one that has fewer.
 
-All of this holds over the processes that share a folder, too, but for the order of turns, which each process
-has for itself. What another process builds is followed, without a turn; if that process dies, or gives the
-build up, the build takes its turn here.
+All of this holds over the processes that share a folder, too, but for places and the order of turns, which
+each process has for itself. What another process builds is followed, without a turn; if that process dies, or
+gives the build up, the build takes its turn here.
 
 What is in the queue goes through these states:
 
@@ -94,7 +94,7 @@ class QueueLimits:
     failure_memory: float = 10.0
     admit: Callable[[str], None] = admit_all
     reserved: int = 0
-    queued_grace: float = 30.0
+    queued_grace: float = 60.0
     absence: float = 10.0
 
 

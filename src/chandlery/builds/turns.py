@@ -16,7 +16,8 @@ class Turns(Generic[T]):
 
     def __init__(self) -> None:
         self._queues: OrderedDict[str, list[T]] = OrderedDict()  # by client, the one that is next first
-        self._clients: dict[T, list[str]] = {}  # by what waits, the oldest first
+        # By what waits, the oldest first; as sets that have an order.
+        self._clients: dict[T, dict[str, None]] = {}
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -42,16 +43,16 @@ class Turns(Generic[T]):
 
     def join(self, client: str, item: T) -> None:
         """Give something the turns of a client, after all that the client waits for already."""
-        clients = self._clients.setdefault(item, [])
+        clients = self._clients.setdefault(item, {})
         if client not in clients:
-            clients.append(client)
+            clients[client] = None
             self._queues.setdefault(client, []).append(item)
 
     def leave(self, client: str, item: T) -> None:
         """Take the turns of a client from something, unless it has no other client's."""
-        clients = self._clients.get(item, [])
+        clients = self._clients.get(item, {})
         if client in clients and len(clients) > 1:
-            clients.remove(client)
+            del clients[client]
             self._drop(client, item)
 
     def remove(self, item: T) -> None:

@@ -180,7 +180,7 @@ class Settings(BaseModel):
     parallel_builds: int = Field(4, ge=1, description="images built at once; the last is for a new client")
     queued_builds: int = Field(100, ge=0, description="builds that may wait; beyond that the answer is 429")
     abandoned_build_grace: float = Field(
-        300.0, ge=0, description="how long a build goes on that nobody waits for; before it begins, 30 s"
+        300.0, ge=0, description="how long a build goes on that nobody waits for; before it begins, 60 s"
     )
     failure_memory: float = Field(10.0, ge=0, description="how long a failed build is not tried again")
     packing_processes: int = Field(
