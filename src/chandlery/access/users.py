@@ -1,9 +1,10 @@
 """The users of an htpasswd file, as `htpasswd -B` of Apache writes it: a name, a colon, a bcrypt hash.
 
 A hash costs a tenth of a second, and clients send the password with every request. So what was right is
-remembered for a while, under a keyed hash that says nothing without this process's key. A name that isn't
-there costs as much as one that is, a few hashes are computed at once and no more, and the event loop computes
-none. The file is read again when it changes; while it can't be read, the users are those that it had.
+remembered for a while, under a keyed hash that says nothing without this process's key. What is wrong takes
+as long as the costliest hash of the file, whether there is such a user or not, and however cheap its own hash
+is. A few hashes are computed at once and no more, and the event loop computes none. The file is read again
+when it changes; while it can't be read, the users are those that it had.
 """
 
 import asyncio
@@ -27,6 +28,9 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-7])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 # bcrypt reads no more of a password, and Apache cuts the rest off.
 _PASSWORD_BYTES = 72
+
+# Of a file without users; htpasswd's own default.
+_USUAL_COST = 5
 
 _REMEMBERED_SECONDS = 300.0
 _MOST_REMEMBERED = 1_000
@@ -60,14 +64,13 @@ class Users:
     async def check(self, user: str, password: str) -> bool:
         """Return whether there is such a user with this password."""
         self._refresh()
-        known = self._hashes.get(user)
-        stored = known or self._stand_in()
-        proof = self._proof(stored, password)
+        stored = self._hashes.get(user)
+        highest = max(map(_cost, self._hashes.values()), default=_USUAL_COST)
+        proof = b"" if stored is None else self._proof(stored, password)
         async with self._slots:
             # A request beside this one may have had the same question.
             if proof not in self._proven:
-                right = await asyncio.to_thread(self._checkpw, _cut(password), stored.encode())
-                if known is None or not right:
+                if not await asyncio.to_thread(self._is_right, stored, _cut(password), highest):
                     return False
                 self._proven[proof] = True
         return True
@@ -82,10 +85,18 @@ class Users:
         # With the hash in it: a new password makes what is remembered of the old one worthless.
         return hashlib.blake2b(b"%s:%s" % (stored.encode(), _cut(password)), key=self._key).digest()
 
-    def _stand_in(self) -> str:
-        """Return a hash for a missing name, as slow as the others and of no password that is known."""
-        costs = [stored[4:6] for stored in self._hashes.values()]
-        return f"$2b${max(costs, default='05')}${'.' * 53}"
+    def _is_right(self, stored: str | None, password: bytes, highest: int) -> bool:
+        """Compare a password with a hash, or with none; what is wrong takes 2 ** `highest` rounds in all."""
+        if stored is None:
+            costs = [highest]
+        elif self._checkpw(password, stored.encode()):
+            return True
+        else:
+            # Each cost is twice the one before: with the hash of cost 5, those of 5, 6 and 7 are one of 8.
+            costs = [*range(_cost(stored), highest)]
+        for cost in costs:
+            self._checkpw(password, f"$2b${cost:02}${'.' * 53}".encode())
+        return False
 
     def _refresh(self) -> None:
         signature = _signature(self._file)
@@ -96,6 +107,10 @@ class Users:
                 self._hashes = _read(self._file)
             except SettingsError as error:
                 log.error("the users are still those that they were", reason=str(error))
+
+
+def _cost(stored: str) -> int:
+    return int(stored[4:6])
 
 
 def _cut(password: str) -> bytes:

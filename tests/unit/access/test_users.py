@@ -97,6 +97,23 @@ async def test_what_is_wrong_is_hashed_each_time_and_costs_the_same_whoever_it_i
     assert hasher.costs == ["05"] * 4
 
 
+async def test_a_cheap_hash_tells_no_user_from_others(tmp_path: Path) -> None:
+    hasher = Hasher()
+    content = f"cheap:{hashed('x', 4)}\nusual:{hashed('y', 6)}\ncostly:{hashed('z', 8)}\n"
+    (tmp_path / "users").write_text(content)
+    users = Users(tmp_path / "users", checkpw=hasher)
+    rounds = {}
+    for user in ("cheap", "usual", "costly", "nobody", ""):
+        hasher.costs.clear()
+        assert not await users.check(user, "wrong")
+        rounds[user] = sum(2 ** int(cost) for cost in hasher.costs)
+    assert set(rounds.values()) == {2**8}
+    # What is right takes no longer than it has to.
+    hasher.costs.clear()
+    assert await users.check("cheap", "x")
+    assert hasher.costs == ["04"]
+
+
 async def test_the_loop_goes_on_while_a_password_is_hashed(tmp_path: Path) -> None:
     (tmp_path / "users").write_text(f"alice:{hashed('wonderland', 10)}\n")
     check = asyncio.create_task(Users(tmp_path / "users").check("alice", "wonderland"))
