@@ -148,6 +148,15 @@ def of_parts(parts: Sequence[str], reference: str, name_prefixes: NamePrefixes) 
     )
 
 
+def paths_within(path: Sequence[str]) -> frozenset[str]:
+    """Return the attribute paths that stand in one, given as its parts.
+
+    In `pkgs.git.out` these are `pkgs`, `git`, `out`, `pkgs.git`, `git.out` and itself.
+    """
+    places = range(len(path))
+    return frozenset(".".join(path[begin : end + 1]) for begin in places for end in places[begin:])
+
+
 def is_digest(reference: str) -> bool:
     """Tell a digest from a tag; a tag has no colon."""
     return ":" in reference

@@ -21,6 +21,7 @@ from chandlery.errors import (
     EvaluationTimeoutError,
     NotAPackageError,
 )
+from chandlery.image.name import paths_within
 from chandlery.nix.closure import StorePath
 from chandlery.nix.configuration import Purpose, host_paths
 from chandlery.nix.output import MarkedLines
@@ -40,7 +41,11 @@ _TOLD = ("found", "not_found", NotAPackageError.reason)
 class Resolution(msgspec.Struct, frozen=True, kw_only=True):
     """What an attribute path gives: a derivation, or why there is none (`nix/expressions/resolve.nix`).
 
-    `status` is "found", "not_found" or the `reason` of an `EvaluationError`.
+    `status` is "found", "not_found" or the `reason` of an `EvaluationError`. `path` are the parts of the
+    attribute path as the package set writes them, `place` those of the set in which the first package on it
+    stands; `other_names` are what else the package is called: its
+    pname, Debian packages that are one derivation with it, what an alias stands for, and the packages that
+    the path passes. They are None in what a version remembered that didn't ask for them.
     """
 
     status: str
@@ -52,6 +57,9 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
     output: str = ""
     outputs: dict[str, str] = {}
     message: str = ""
+    path: tuple[str, ...] = ()
+    place: tuple[str, ...] = ()
+    other_names: tuple[str, ...] | None = msgspec.field(name="otherNames", default=None)
 
     @property
     def found(self) -> bool:
@@ -62,6 +70,11 @@ class Resolution(msgspec.Struct, frozen=True, kw_only=True):
     def store_path(self) -> StorePath:
         """The output that was asked for."""
         return StorePath.parse(self.outputs[self.output])
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All that the package is called, and all that stands in its attribute path."""
+        return paths_within(self.path).union(self.other_names or ())
 
     @property
     def is_limit(self) -> bool:

@@ -46,7 +46,14 @@ let
       debs = map fetch debs;
       needed = map unit references;
       __impureHostDeps = hostPaths;
-    } // { pname = name; inherit version; members = debs; };
+    } // {
+      pname = name;
+      inherit version;
+      members = debs;
+      # What else is this derivation; of an alias, which has no content of its own, what it stands for.
+      otherNames = map (deb: deb.name) debs
+        ++ (if debs == [ ] then builtins.concatMap (needed: (unit needed).otherNames) references else [ ]);
+    };
 
   # A package of a cycle is the whole cycle's derivation, under its own name and version.
   package = name:

@@ -23,23 +23,34 @@ rec {
     let exact = builtins.filter (name: set ? ${name}) (spellings part);
     in if exact != [ ] then [ (builtins.head exact) ] else alike set part;
 
-  # { value; } of an attribute path in the first of some sets that has it, or null if none does.
+  # What an attribute path finds in the first of some sets that has it, or null if none does:
+  #   value   what stands at its end
+  #   path    its parts as the set writes them: [ "python3Packages" "numpy" ]
+  #   passed  the values at the end of each part but the last
   find = path: sets:
     if sets == [ ] then null
     else
       let found = findIn path (builtins.head sets);
       in if found != null then found else find path (builtins.tail sets);
-  findIn = path: set: if set ? ${path} then { value = set.${path}; } else follow (partsOf path) set;
+  findIn = path: set:
+    if set ? ${path} then { value = set.${path}; path = [ path ]; passed = [ ]; } else follow (partsOf path) set;
 
   # The names by which a set may have to be asked for an attribute path.
   namesOf = path: [ path (builtins.head (partsOf path)) ];
 
-  # { value; } at the end of the parts, or null where one is missing.
+  # The same at the end of the parts, or null where one is missing.
   follow = followAs (names: names != [ ]);
   followAs = acceptable: parts: set:
-    let names = meant set (builtins.head parts);
+    let
+      names = meant set (builtins.head parts);
+      name = builtins.head names;
+      rest = followAs (later: builtins.length later == 1) (builtins.tail parts) set.${name};
     in
-    if parts == [ ] then { value = set; }
-    else if !builtins.isAttrs set || !acceptable names then null
-    else followAs (later: builtins.length later == 1) (builtins.tail parts) set.${builtins.head names};
+    if parts == [ ] then { value = set; path = [ ]; passed = [ ]; }
+    else if !builtins.isAttrs set || !acceptable names || rest == null then null
+    else {
+      inherit (rest) value;
+      path = [ name ] ++ rest.path;
+      passed = if rest.path == [ ] then [ ] else [ set.${name} ] ++ rest.passed;
+    };
 }

@@ -5,7 +5,8 @@
 # A line with `mark` alone is traced when the set has been read; then, as they come, lines of `mark`, the attribute path
 # and the answer in JSON. So when something ends the whole evaluation, what was answered before counts, and the first
 # that wasn't is the one to blame.
-# An answer is { status = "found"; drvPath; outputs; ... } or { status = <reason>; message; }.
+# An answer is { status = "found"; drvPath; outputs; ... } or { status = <reason>; message; }. In `path` it says how the
+# set writes the attribute path, in `place` which part of it leads to the set that has the package, and in `otherNames` what else people call the package, and those passed on the way to it.
 # A flake is evaluated where no file can be imported: then the other two expressions are given.
 { request, lookUp ? import ./look_up.nix, packageSet ? import ./package_set.nix }:
 let
@@ -29,8 +30,24 @@ let
 
   textOr = default: value: if builtins.isString value then value else default;
 
-  describe = package:
+  # What people call a package beside its attribute path; one that throws where its names should be has none.
+  namesOf = package:
     let
+      listed = package.otherNames or [ ];
+      names = builtins.filter builtins.isString ([ (package.pname or null) ] ++ (if builtins.isList listed then listed else [ ]))
+        ++ (if builtins.isString (package.name or null) then [ (builtins.parseDrvName package.name).name ] else [ ]);
+      read = attempt (builtins.deepSeq names names);
+    in
+    if read.success then read.value else [ ];
+  # How many sets there are before the first package.
+  setsIn = passed:
+    if passed == [ ] || (attempt (isDerivation (builtins.head passed))).value then 0
+    else 1 + setsIn (builtins.tail passed);
+  packagesIn = builtins.filter (value: (attempt (isDerivation value)).value);
+
+  describe = { value, path, passed }:
+    let
+      package = value;
       output = package.outputName or "out";
       parsed = builtins.parseDrvName package.name;
       program = attempt (package.meta.mainProgram or null);
@@ -45,6 +62,9 @@ let
       outputs = builtins.listToAttrs (map
         (name: { inherit name; value = (package.${name} or package).outPath; })
         (package.outputs or [ "out" ])) // { ${output} = package.outPath; };
+      inherit path;
+      place = builtins.genList (builtins.elemAt path) (setsIn passed);
+      otherNames = builtins.concatMap namesOf (packagesIn passed ++ [ package ]);
     };
 
   resolve = path:
@@ -52,7 +72,7 @@ let
       found = attempt (lookUp.find path packages);
       value = attempt found.value.value;
       isPackage = attempt (isDerivation value.value);
-      described = describe value.value;
+      described = describe found.value;
       checked = attempt (builtins.deepSeq described described);
       status = attempt (refusal (value.value.meta or { }));
     in

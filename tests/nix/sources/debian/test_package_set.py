@@ -171,6 +171,24 @@ class TestThePackageSet:
         }.items():
             assert (await machine.resolve(alias)).derivation == (await machine.resolve(name)).derivation
 
+    @pytest.mark.parametrize(
+        ("name", "names"),
+        [
+            ("git", {"git"}),
+            ("git.out", {"git.out", "git", "out"}),
+            # Both are one derivation, whichever is asked for.
+            ("perl", {"perl", "perl-modules"}),
+            ("perl-modules", {"perl", "perl-modules"}),
+            ("awk", {"awk", "mawk"}),
+            ("iana-etc", {"iana-etc", "netbase"}),
+            ("ncurses", {"ncurses", "ncurses-base", "ncurses-bin"}),
+        ],
+    )
+    async def test_a_package_is_called_what_its_derivation_holds_and_what_an_alias_stands_for(
+        self, machine: Machine, name: str, names: set[str]
+    ) -> None:
+        assert (await machine.resolve(name)).names == names
+
     async def test_an_alias_of_several_packages_brings_them_all(self, machine: Machine) -> None:
         closure = await machine.closure("ncurses")
 
