@@ -126,6 +126,9 @@ class ReleaseSource:
     async def pin(self, reference: str, platform: Platform) -> PinnedSource:
         return PinnedSource(self.kind, self.location, "1" * 64, nix={"tree": self.location})
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        return ""
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         return await self.pin("latest", platform)
 

@@ -126,6 +126,35 @@ class BuildIndexContract:
             assert await index.tags(name) == ["1" * 16, "latest"]
             assert await index.needs(name, digest_of("git"))
 
+    async def test_the_tags_of_a_name_come_with_the_recipes_of_their_images(self, index: BuildIndex) -> None:
+        first, second = a_recipe("git"), a_recipe("git", revision="2" * 64, reference="unstable")
+        await index.remember_image(first, an_image("1", "shared", "of the first"))
+        await index.remember_image(second, an_image("2", "shared"))
+        await index.remember_image(a_recipe("jq"), an_image("3", "shared"))
+        assert await index.tagged("git") == [("unstable", second), ("latest", first)]
+        assert await index.tagged("git", digest_of("shared")) == [("unstable", second), ("latest", first)]
+        assert await index.tagged("git", digest_of("of the first")) == [("latest", first)]
+        for name, digest in (
+            ("none", None),
+            ("jq", digest_of("of the first")),
+            ("git", digest_of("unknown")),
+        ):
+            assert await index.tagged(name, digest) == []
+
+    async def test_an_image_that_is_known_may_get_another_tag_and_another_name(
+        self, index: BuildIndex
+    ) -> None:
+        recipe = a_recipe("git")
+        await index.remember_tag(recipe)
+        assert await index.tagged("git") == []
+        await index.remember_image(recipe, an_image("git"))
+        for other in (a_recipe("git", reference="unstable"), a_recipe("git", source="stable")):
+            for _ in range(2):
+                await index.remember_tag(other)
+        assert [tag for tag, _ in await index.tagged("git")] == ["latest", "unstable"]
+        assert [(tag, each.key) for tag, each in await index.tagged("stable/git")] == [("latest", recipe.key)]
+        assert await index.needs("stable/git", digest_of("git"))
+
     async def test_a_blob_is_needed_by_the_images_that_have_it(self, index: BuildIndex) -> None:
         await index.remember_image(a_recipe("git"), an_image("git", "shared", "of git"))
         await index.remember_image(a_recipe("jq"), an_image("jq", "shared", "of jq"))

@@ -43,7 +43,7 @@ class MemoryBuildIndex:
         before = self.images.get(recipe.key)
         tags = before.tags if before else set()
         name = recipe.request.name
-        tags |= {(name, recipe.request.reference), (name, recipe.pin.tag)}
+        tags.add((name, recipe.request.reference))
         self.images[recipe.key] = Image(recipe, image, self._clock(), tags=tags)
 
     async def image_index(self, digest: Digest) -> bytes | None:
@@ -57,7 +57,22 @@ class MemoryBuildIndex:
         return digest in self._image_indexes or any(digest in each.blobs for each in named)
 
     async def tags(self, name: str) -> list[str]:
-        return sorted({tag for each in self.images.values() for of, tag in each.tags if of == name})
+        named = [
+            (tag, each.recipe.pin.tag) for each in self.images.values() for of, tag in each.tags if of == name
+        ]
+        return sorted({tag for tags in named for tag in tags})
+
+    async def remember_tag(self, recipe: Recipe) -> None:
+        if recipe.key in self.images:
+            self.images[recipe.key].tags.add((recipe.request.name, recipe.request.reference))
+
+    async def tagged(self, name: str, digest: Digest | None = None) -> list[tuple[str, Recipe]]:
+        return [
+            (tag, each.recipe)
+            for each in reversed(list(self.images.values()))
+            for of, tag in sorted(each.tags)
+            if of == name and (digest is None or digest in each.blobs)
+        ]
 
     async def revisions(self, limit: int) -> list[str]:
         last_used_first = sorted(self.images.values(), key=lambda each: -each.last_used)

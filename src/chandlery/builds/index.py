@@ -23,6 +23,9 @@ from chandlery.builds.recipe import Recipe
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import BuiltImage, PackedLayer
 
+# Recipes that are looked at for one name.
+MOST_TAGGED = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedBlob:
@@ -80,6 +83,17 @@ class ImageRecords(Protocol):
 
     async def tags(self, name: str) -> list[str]:
         """Return the tags that a repository name was built with, sorted, of images that are remembered."""
+        ...
+
+    async def remember_tag(self, recipe: Recipe) -> None:
+        """Remember that an image is known by the name and the reference of this recipe, too."""
+        ...
+
+    async def tagged(self, name: str, digest: Digest | None = None) -> list[tuple[str, Recipe]]:
+        """Return the tags that a name was built with, each with the recipes of its images, the newest first.
+
+        With a `digest`, of images that need that blob. No more than `MOST_TAGGED` are returned.
+        """
         ...
 
     async def revisions(self, limit: int) -> list[str]:

@@ -219,6 +219,10 @@ class FlakeSource:
         pin = await self._pins.get(LATEST)
         return await self._source(pin.revision, pin.stale)
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        """See `PackageSource.chosen_by`: a tag chooses a revision of the same flake."""
+        return ""
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`."""
         if _REVISION.fullmatch(revision) is None or await self._pins.details(revision) is None:

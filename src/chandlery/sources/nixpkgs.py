@@ -166,6 +166,11 @@ class NixpkgsSource:
         pin = await self._pins.get(reference)
         return await self._source(pin.revision, arguments, pin.stale)
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        """See `PackageSource.chosen_by`: a channel or a revision."""
+        own = reference in (LATEST, self._channel)
+        return "" if own else f"{self.kind}!{reference}"
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`."""
         known = await self._pins.details(revision) is not None or self._trees.revision(revision) == revision

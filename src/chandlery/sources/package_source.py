@@ -57,6 +57,14 @@ class PackageSource(Protocol):
         """
         ...
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        """Return the text of the source that a tag chooses beside this one, such as another branch of it.
+
+        It is empty for a tag that chooses none, as `latest`. With the `pin` that the tag has given it is
+        certain; without, it may be wrong about the tag of a revision.
+        """
+        ...
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """Return a revision that was pinned once; None if the source can't give it any more."""
         ...

@@ -73,6 +73,10 @@ class PathSource:
             )
         return found
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        """See `PackageSource.chosen_by`: a tag chooses a revision of the same folder."""
+        return ""
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`."""
         if _REVISION.fullmatch(revision) is None:

@@ -81,6 +81,9 @@ class BothPlatforms:
             raise self.errors[platform]
         return replace(self._pin, stale=self.stale)
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        return ""
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         return self._pin if revision == self._pin.revision else None
 

@@ -60,6 +60,7 @@ def steps(draw: st.DrawFn) -> Step:
     layer, content = draw(st.sampled_from(LAYERS)), draw(st.sampled_from(CONTENTS))
     calls: dict[str, Step] = {
         "remember_image": lambda index, _: index.remember_image(recipe, image),
+        "remember_tag": lambda index, _: index.remember_tag(recipe),
         "use_image": lambda index, _: index.use_image(recipe.key),
         "remember_use": lambda index, _: index.remember_use(recipe.key),
         "forget_image": lambda index, now: index.forget_image(recipe.key, now - 30 * number),
@@ -89,8 +90,9 @@ async def all_answers(index: BuildIndex) -> list[object]:
     for digest in digests:
         answers += [await index.blob(digest), await index.recipes(digest, 3), await index.image_index(digest)]
         answers.append([await index.needs(name, digest) for name in names])
+        answers.append([await index.tagged(name, digest) for name in names])
     answers += [await index.blobs_of(key) for key in keys]
-    answers += [await index.tags(name) for name in names]
+    answers += [[await index.tags(name), await index.tagged(name)] for name in names]
     return answers
 
 

@@ -42,6 +42,41 @@ def test_a_source_keeps_the_text_that_it_was_made_of(tmp_path: Path) -> None:
         assert parse(text, tmp_path / "data", DebianMirrors()).text == text
 
 
+@pytest.mark.parametrize(
+    ("text", "tag", "chosen"),
+    [
+        ("debian!bookworm", "latest", ""),
+        ("debian!bookworm", "bookworm", ""),
+        ("debian!bookworm", "sid", "debian!sid"),
+        ("git!https://host/set!main", "latest", ""),
+        ("git!https://host/set!main", "main", ""),
+        ("git!https://host/set!feature/x", "feature-x", ""),
+        ("git!https://host/set!main", "feature-x", "git!https://host/set!feature-x"),
+        ("git!https://user:secret@host/set!main", "v1", "git!https://host/set!v1"),
+        ("git!https://host/set", "main", "git!https://host/set!main"),
+        ("nixpkgs!nixos-unstable", "latest", ""),
+        ("nixpkgs!nixos-unstable", "nixos-unstable", ""),
+        ("nixpkgs!nixos-unstable", "nixos-25.05", "nixpkgs!nixos-25.05"),
+        ("nixpkgs!nixos-unstable", "0" * 16, f"nixpkgs!{'0' * 16}"),
+        ("path!/tmp", "0" * 16, ""),
+    ],
+)
+def test_a_tag_may_choose_what_rules_call_another_source(
+    tmp_path: Path, text: str, tag: str, chosen: str
+) -> None:
+    if text.startswith("path!"):
+        (tmp_path / "set").mkdir()
+        text = f"path!{tmp_path}/set"
+    assert parse(text, tmp_path / "data", DebianMirrors()).chosen_by(tag) == chosen
+
+
+def test_the_tag_of_a_debian_state_is_of_the_suite_that_it_is_a_state_of(tmp_path: Path) -> None:
+    source = parse("debian!bookworm", tmp_path, DebianMirrors())
+    tag = "0" * 16
+    assert source.chosen_by(tag, PinnedSource("debian", "bookworm", tag)) == ""
+    assert source.chosen_by(tag, PinnedSource("debian", "sid", tag)) == "debian!sid"
+
+
 def test_a_folder_that_has_the_data_folder_in_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSourceError, match=r"the data folder .* is in it"):
         parse(f"path!{tmp_path}", tmp_path / "data", DebianMirrors())

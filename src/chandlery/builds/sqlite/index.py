@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 import structlog
 from cachetools import LRUCache
 
-from chandlery.builds.index import RecordedBlob, RecordedImage
+from chandlery.builds.index import MOST_TAGGED, RecordedBlob, RecordedImage
 from chandlery.builds.recipe import Recipe
 from chandlery.builds.sqlite import migrations, schema, tables
 from chandlery.builds.sqlite.records import UnreadableRecordError
@@ -146,6 +146,16 @@ class SqliteIndex:
     async def tags(self, name: str) -> list[str]:
         """See `BuildIndex`."""
         return await self._look(lambda database: tables.tags(database, name), [])
+
+    async def remember_tag(self, recipe: Recipe) -> None:
+        """See `BuildIndex`."""
+        tag = (recipe.request.name, recipe.request.reference, recipe.key)
+        if not await self._look(lambda database: tables.has_tag(database, *tag), False):
+            await self._remember(lambda database: tables.put_tag(database, *tag))
+
+    async def tagged(self, name: str, digest: Digest | None = None) -> list[tuple[str, Recipe]]:
+        """See `BuildIndex`."""
+        return await self._look(lambda database: tables.tagged(database, name, digest, MOST_TAGGED), [])
 
     async def revisions(self, limit: int) -> list[str]:
         """See `BuildIndex`."""

@@ -112,6 +112,36 @@ def tags(database: sqlite3.Connection, name: str) -> list[str]:
     return sorted({tag for (tag,) in asked} | {revision[:REVISION_TAG_LENGTH] for (revision,) in revisions})
 
 
+def tagged(
+    database: sqlite3.Connection, name: str, digest: Digest | None, limit: int
+) -> list[tuple[str, Recipe]]:
+    """Return the tags of a name with the recipes of their images, or of those that need a blob."""
+    parameters = (name, blobs.CHUNK, None if digest is None else bytes.fromhex(digest.hex))
+    query = (
+        "SELECT tags.tag, images.id, contexts.recipe, images.record, blob_images.images FROM tags "
+        "JOIN images ON images.id = tags.image JOIN contexts ON contexts.id = images.context "
+        "LEFT JOIN blob_images ON blob = (SELECT id FROM blobs WHERE digest = ?3) AND chunk = images.id / ?2 "
+        "WHERE tags.name = (SELECT id FROM names WHERE name = ?1) ORDER BY images.id DESC, tags.tag"
+    )
+    found: list[tuple[str, Recipe]] = []
+    for tag, image_id, context, encoded, needing in database.execute(query, parameters):
+        if digest is None or image_id % blobs.CHUNK in (needing or b""):
+            with skipping_unreadable(image=str(image_id)):
+                found.append((tag, ImageRecord.decode(encoded).recipe(context)))
+        if len(found) == limit:
+            break
+    return found
+
+
+def has_tag(database: sqlite3.Connection, name: str, tag: str, key: str) -> bool:
+    """Return whether an image is recorded with a tag of a name."""
+    query = (
+        "SELECT 1 FROM tags JOIN images ON images.id = tags.image "
+        "WHERE tags.name = (SELECT id FROM names WHERE name = ?) AND tag = ? AND images.key = ?"
+    )
+    return first(database, query, int, name, tag, bytes.fromhex(key)) is not None
+
+
 def put_tag(database: sqlite3.Connection, name: str, tag: str, key: str) -> None:
     """Write one more tag of an image; nothing of an image that isn't recorded."""
     image_id = first(database, "SELECT id FROM images WHERE key = ?", int, bytes.fromhex(key))

@@ -91,6 +91,11 @@ class DebianSource:
             raise self._not_found(reference)
         return await self._pin(reference, platform)
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        """See `PackageSource.chosen_by`: a suite has a text of its own."""
+        location = pin.location if pin else self.location if reference == LATEST else reference
+        return "" if location == self.location else f"{self.kind}!{location}"
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`; the beginning of a revision will do."""
         for suite in self._suites(platform.architecture):

@@ -119,6 +119,11 @@ class GitSource:
                 raise
             return await self._at(known, arguments)
 
+    def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
+        """See `PackageSource.chosen_by`: a branch, a tag or a revision, as it is written in the tag."""
+        own = reference in (LATEST, self._reference, _as_tag(self._reference))
+        return "" if own else f"{self.kind}!{self.location}!{reference}"
+
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         """See `PackageSource.at`; a revision whose tree was removed is fetched again."""
         if COMMIT.fullmatch(revision) is None:
