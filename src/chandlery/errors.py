@@ -50,7 +50,7 @@ ChandleryError
     └── StorageFullError        no space left
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -163,6 +163,13 @@ class PackagesNotFoundError(NotFoundError):
         super().__init__(f"not in the package set: {', '.join(described)}")
         self.missing = tuple(missing)
         self.suggestions = dict(suggestions)
+
+    def suggesting(self, wanted: Callable[[str], bool]) -> "PackagesNotFoundError":
+        """Return the same with those of its suggestions that are wanted."""
+        suggestions = {name: list(filter(wanted, found)) for name, found in self.suggestions.items()}
+        told = PackagesNotFoundError(self.missing, suggestions)
+        told.__dict__.update({**vars(self), "suggestions": suggestions})
+        return told
 
 
 class SourceUnavailableError(ChandleryError):

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 
+from chandlery.access.rules import EVERYTHING, Permission
 from chandlery.builds.images import Pulled
 from chandlery.errors import BuildPendingError
 from chandlery.image.name import ImageRequest, NamePrefixes
@@ -50,7 +51,15 @@ class OneImage:
     requests: list[ImageRequest] = field(default_factory=list)
     clients: list[tuple[str, float]] = field(default_factory=list)
 
-    async def pull(self, request: ImageRequest, client: str, deadline: Deadline, *, index: bool) -> Pulled:
+    async def pull(
+        self,
+        request: ImageRequest,
+        client: str,
+        deadline: Deadline,
+        *,
+        index: bool,
+        permission: Permission = EVERYTHING,
+    ) -> Pulled:
         self.requests.append(request)
         self.clients.append((client, deadline.left or 0.0))
         if self.error:
@@ -59,14 +68,16 @@ class OneImage:
             return Pulled(self.index, PIN, is_index=True)
         return Pulled(self.image_.manifests, PIN, self.warnings)
 
-    async def tags(self, request: ImageRequest, client: str, deadline: Deadline) -> Sequence[str]:
+    async def tags(
+        self, request: ImageRequest, client: str, deadline: Deadline, permission: Permission = EVERYTHING
+    ) -> Sequence[str]:
         self.requests.append(request)
         self.clients.append((client, deadline.left or 0.0))
         if isinstance(self.error, BuildPendingError):
             raise self.error
         return self.known_tags
 
-    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
+    async def needs(self, request: ImageRequest, digest: Digest, permission: Permission = EVERYTHING) -> bool:
         return self.needed_by is None or request.name in self.needed_by
 
     async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:

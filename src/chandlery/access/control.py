@@ -21,10 +21,10 @@ from chandlery.access import client_address
 from chandlery.access.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
 from chandlery.access.client_address import client_network
 from chandlery.access.public_address import PublicAddress
-from chandlery.access.rules import AccessRules, Rule
+from chandlery.access.rules import EVERYTHING, AccessRules, Permission, Rule
 from chandlery.access.tokens import SERVICE, Grant, Tokens
 from chandlery.access.users import Users
-from chandlery.errors import ChandleryError, CredentialsError, PullDeniedError, RateLimitError
+from chandlery.errors import ChandleryError, CredentialsError, RateLimitError
 from chandlery.image import name as image_name
 from chandlery.image.name import ImageRequest, NamePrefixes
 from chandlery.machine.token_buckets import Buckets, SharedTokenBuckets, TokenBuckets
@@ -97,15 +97,16 @@ class AccessControl:
             raise CredentialsError("log in first: this server has users")
         return await self.identify(request, credentials)
 
-    async def authorize(self, request: Request, name: str, image: ImageRequest) -> Client:
-        """Return who sent a request about a repository and may; `PullDeniedError` for who may not."""
-        client = await self.admit(request)
-        denied = self._rule(client).denied(image, self._sources[image.source])
-        if denied:
-            raise PullDeniedError(client.user or "", denied)
+    def authorize(self, client: Client, name: str, image: ImageRequest) -> Permission:
+        """Return what a client may have of a repository; `PullDeniedError` if it may have nothing of it.
+
+        Raises `CredentialsError` if its token is for something else.
+        """
+        permission = self._permission(client, image)
+        permission.check_written(image)
         if client.repositories is not None and name not in client.repositories:
             raise CredentialsError("the token is for something else", "insufficient_scope")
-        return client
+        return permission
 
     async def identify(self, request: Request, credentials: Credentials | None) -> Client:
         """Return whose credentials these are, and count the request; see `admit`."""
@@ -131,14 +132,14 @@ class AccessControl:
 
     def grant(self, client: Client, names: tuple[str, ...], name_prefixes: NamePrefixes) -> Grant:
         """Return what a token for a client is good for: those of the repositories that it may pull from."""
-        rule, allowed = self._rule(client), set()
+        allowed = set()
         for name in names:
             try:
                 image = image_name.parse(name, image_name.LATEST, name_prefixes)
+                self._permission(client, image).check_written(image)
             except ChandleryError:
                 continue
-            if not rule.denied(image, self._sources[image.source]):
-                allowed.add(name)
+            allowed.add(name)
         user = client.user or ""
         version = self.accounts.users.version(user) if self.accounts and user else None
         return Grant(user, version or "", frozenset(allowed))
@@ -155,6 +156,11 @@ class AccessControl:
         if error.code:
             parameters["error"] = error.code
         return "Bearer " + ",".join(f'{key}="{value}"' for key, value in parameters.items())
+
+    def _permission(self, client: Client, image: ImageRequest) -> Permission:
+        if not self.restricts:
+            return EVERYTHING
+        return Permission(client.user or "", self._rule(client), tuple(self._sources[image.source]))
 
     def _rule(self, client: Client) -> Rule:
         return self._rules.of(client.user)

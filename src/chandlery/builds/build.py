@@ -7,6 +7,7 @@ from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 
+from chandlery.access.rules import Permission
 from chandlery.builds.recipe import Recipe
 from chandlery.telemetry.build_timings import Timings
 
@@ -25,7 +26,8 @@ class BuildState(StrEnum):
 class Build:
     """One build; `timeline` has each step that began, with the seconds since the build was asked for.
 
-    `timings` has the works that it consists of, which overlap.
+    `timings` has the works that it consists of, which overlap. `permissions` are those of the clients that
+    have waited for it: with none it is for everybody.
     `context` is that of the request that asked for it first: what the build logs has that request's id.
     """
 
@@ -39,6 +41,7 @@ class Build:
     timings: Timings = field(default_factory=Timings)
     error: Exception | None = None
     waiters: int = 0
+    permissions: set[Permission] = field(default_factory=set)
     context: Context = field(default_factory=copy_context, repr=False)
     _began: float = field(default_factory=time.monotonic)
 

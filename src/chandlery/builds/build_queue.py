@@ -39,6 +39,7 @@ from typing import Self
 
 import structlog
 
+from chandlery.access.rules import EVERYTHING, Permission
 from chandlery.builds.build import Build, BuildState
 from chandlery.builds.build_logs import BuildLogs
 from chandlery.builds.failures import FailedBuilds
@@ -51,6 +52,7 @@ from chandlery.errors import (
     BuildPendingError,
     BuildStoppedError,
     ChandleryError,
+    PullDeniedError,
     StorageError,
     TooManyBuildsError,
 )
@@ -193,12 +195,18 @@ class BuildQueue:
         for entry in list(self._entries.values()):
             self._cancel(entry)
 
-    async def wait(self, recipe: Recipe, client: str = "", deadline: Deadline = NO_DEADLINE) -> BuiltImage:
+    async def wait(
+        self,
+        recipe: Recipe,
+        client: str = "",
+        deadline: Deadline = NO_DEADLINE,
+        permission: Permission = EVERYTHING,
+    ) -> BuiltImage:
         """Return the image of a recipe, joining the build of its key if there is one.
 
-        `client` is for fairness. Raises what the build raises, `TooManyBuildsError` if the queue is full,
-        `BuildDisplacedError` if the build gives way in it, and `BuildPendingError` at the deadline: then the
-        build goes on.
+        `client` is for fairness, its `permission` for the build. Raises what the build raises,
+        `TooManyBuildsError` if the queue is full, `BuildDisplacedError` if the build gives way in it, and
+        `BuildPendingError` at the deadline: then the build goes on.
         """
         key = recipe.key
         while True:
@@ -206,6 +214,7 @@ class BuildQueue:
             if entry is None:
                 owner = await self.locks.owner(key)
                 entry = self._entries.get(key) or self._submit(recipe, client, owner)
+            entry.build.permissions.add(permission)
             with self._waits(entry, client):
                 await asyncio.wait([entry.outcome], timeout=deadline.left)
             if not entry.outcome.done():
@@ -402,8 +411,8 @@ class BuildQueue:
     def _fail(self, entry: _Entry, error: Exception) -> None:
         build = entry.build
         self._end(entry, BuildState.FAILED, error)
-        # A full disk is mended in another place than the build.
-        if isinstance(error, ChandleryError) and not isinstance(error, StorageError):
+        # A full disk is mended in another place than the build, and what one client may not have another may.
+        if isinstance(error, ChandleryError) and not isinstance(error, StorageError | PullDeniedError):
             self._failures.remember(build.key, error)
         log.warning("build failed", build=build.id, image=build.image, error=str(error))
 

@@ -15,10 +15,13 @@ from types import TracebackType
 from typing import Self
 
 import structlog
+from cachetools import TTLCache
 
+from chandlery.access.rules import EVERYTHING, Permission
 from chandlery.builds.build_queue import TAKEN_OVER, BuildQueue, QueueLimits
 from chandlery.builds.evaluations import Evaluations
 from chandlery.builds.known_images import KnownImages
+from chandlery.builds.permissions import Permissions, told_to
 from chandlery.builds.pipeline import BuildLimits, Pipeline
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import BuildOptions, Recipe
@@ -33,6 +36,7 @@ from chandlery.errors import (
     EvaluationError,
     NotFoundError,
     PinPendingError,
+    PullDeniedError,
     UnsupportedEntryError,
 )
 from chandlery.image.name import LATEST, ImageRequest
@@ -46,6 +50,7 @@ from chandlery.oci.documents import (
     ManifestFormat,
     Platform,
     image_index,
+    manifests_of,
 )
 from chandlery.plan.popularity import Popularity
 from chandlery.sources.configured import Sources
@@ -58,6 +63,9 @@ _RETRY_AGE = 60.0
 
 # See `Images.max_age`.
 _MAX_AGE = 1.0
+
+# Tags that are known to be remembered, and for how many seconds: collectors forget.
+_MOST_NOTED_TAGS, _NOTED = 10_000, 60.0
 
 _NO_TABLE = Popularity()
 
@@ -141,15 +149,17 @@ class Images:
         self._tables = PopularityTables(stores.folder)
         self._popularity = self._tables.keep(popularity) if popularity else ""
         self._resolver = PackageResolver(stores.nix, stores.index, self._metrics)
+        self._permissions = Permissions(self._resolver, sources, stores.index, capacity.queue.running)
         self._known = KnownImages(stores.index, stores.blobs)
         self._pipeline = Pipeline(
-            *(stores, self._known, self._resolver, self._tables),
+            *(stores, self._known, self._resolver, self._permissions, self._tables),
             *(capacity.build, capacity.packing_processes, self._metrics),
         )
         self.queue = BuildQueue(
             capacity.queue, stores.folder / "builds", build=self._pipeline.make, known=self._known.find
         )
         self._evaluations = Evaluations(capacity.queue.running, capacity.queue.admit)
+        self._noted_tags: TTLCache[tuple[str, str, str], bool] = TTLCache(_MOST_NOTED_TAGS, _NOTED)
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -170,27 +180,28 @@ class Images:
         deadline: Deadline = NO_DEADLINE,
         *,
         index: bool = False,
+        permission: Permission = EVERYTHING,
     ) -> Pulled:
         """Return what a tag names, building what isn't known: an image, or an index for every platform.
 
         An index is returned only if `index` allows it, for a name that chooses no platform, where there are
-        several. `client` is for fairness. Raises any `ChandleryError`; at the deadline it is
-        `BuildPendingError`, and the build goes on.
+        several. `client` is for fairness, and what its `permission` refuses isn't built for it. Raises any
+        `ChandleryError`; at the deadline it is `BuildPendingError`, and the build goes on.
         """
         if request.any_platform:
             platforms = self._sources.platforms(request.source)
             if index and len(platforms) > 1:
-                return await self._pull_index(request, platforms, client, deadline)
+                return await self._pull_index(request, platforms, client, deadline, permission)
             if request.platform not in platforms:
                 request = replace(request, platform=platforms[0])
-        found = await self._platform_image(request, client, deadline)
+        found = await self._platform_image(request, client, deadline, permission)
         pin = found.recipe.pin
         warnings = (pin.stale,) if pin.stale else ()
         return Pulled(found.image.manifests, pin, warnings, recipes=(found.recipe,))
 
     async def image(self, request: ImageRequest) -> BuiltImage:
         """Return the image of a request, for its platform; see `pull`."""
-        return (await self._platform_image(request, "", NO_DEADLINE)).image
+        return (await self._platform_image(request, "", NO_DEADLINE, EVERYTHING)).image
 
     async def is_current(self, pulled: Pulled, *, whole: bool) -> bool:
         """Return whether `pull` would return the same now; the sources are asked, and nothing is built.
@@ -241,7 +252,7 @@ class Images:
         if pin is None:
             pin = replace(recipe.pin, nix=None)
             log.info("a revision is gone", source=pin.location, revision=pin.revision)
-        return await self._carried_out(replace(recipe, pin=pin), client, deadline)
+        return await self._carried_out(replace(recipe, pin=pin), client, deadline, EVERYTHING)
 
     async def take_over(self) -> None:
         """Go on with the builds that an earlier server of this data folder didn't end."""
@@ -252,33 +263,64 @@ class Images:
                 await self.remake(recipe, TAKEN_OVER, Deadline.after(0.0))
 
     async def tags(
-        self, request: ImageRequest, client: str = "", deadline: Deadline = NO_DEADLINE
+        self,
+        request: ImageRequest,
+        client: str = "",
+        deadline: Deadline = NO_DEADLINE,
+        permission: Permission = EVERYTHING,
     ) -> Sequence[str]:
-        """Return the tags that an image has; `PackagesNotFoundError` when it can't have any.
+        """Return the tags that an image has, for who has the permission to pull them.
 
-        What has to be evaluated for that counts for the `client` like a build; see `pull`.
+        What has to be evaluated for that counts for the `client` like a build; see `pull`. Raises
+        `PackagesNotFoundError` when it can't have any, and `PullDeniedError`.
         """
         source = self._sources.of(request.source)
         async with _pending(request.name, source.text, deadline):
             pin = await source.pin(LATEST, request.platform)
         asked = pin, request.platform.nix_system, request.all_packages
-        if not await self._resolver.remembers(*asked):
-            evaluate = partial(self._resolver.resolve, *asked)
-            await self._evaluations.wait(asked, evaluate, request.name, client, deadline)
-        return sorted({LATEST, pin.tag, *await self._stores.index.tags(request.name)})
+        with told_to(permission, request):
+            if not await self._resolver.remembers(*asked):
+                evaluate = partial(self._resolver.resolve, *asked)
+                await self._evaluations.wait(asked, evaluate, request.name, client, deadline)
+            await self._permissions.check(permission, pin, request)
+        if not permission.rule.restricts:
+            return sorted({LATEST, pin.tag, *await self._stores.index.tags(request.name)})
+        found = {LATEST, pin.tag}
+        for tag, recipe in await self._stores.index.tagged(request.name):
+            if await self._permissions.permits(permission, request, tag, recipe):
+                found |= {tag, recipe.pin.tag}
+        return sorted(found)
 
-    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
-        """Return whether an image of this name was made that needs a blob, at whatever revision."""
-        return await self._stores.index.needs(request.name, digest)
+    async def needs(self, request: ImageRequest, digest: Digest, permission: Permission = EVERYTHING) -> bool:
+        """Return whether an image of this name was made that needs a blob, at whatever revision.
+
+        It is one that may be pulled with the permission; where all may be, OCI indexes are for all names.
+        """
+        index = self._stores.index
+        if not permission.rule.restricts:
+            return await index.needs(request.name, digest)
+        listed = await index.image_index(digest)
+        for each in (digest,) if listed is None else manifests_of(listed):
+            for tag, recipe in await index.tagged(request.name, each):
+                if await self._permissions.permits(permission, request, tag, recipe, evaluate=True):
+                    return True
+        return False
 
     async def _pull_index(
-        self, request: ImageRequest, platforms: Sequence[Platform], client: str, deadline: Deadline
+        self,
+        request: ImageRequest,
+        platforms: Sequence[Platform],
+        client: str,
+        deadline: Deadline,
+        permission: Permission,
     ) -> Pulled:
         """Build the images of all platforms, and list those in an index whose packages there are."""
 
         async def of_platform(platform: Platform) -> _PlatformImage | _PlatformFailure:
             try:
-                return await self._platform_image(replace(request, platform=platform), client, deadline)
+                return await self._platform_image(
+                    replace(request, platform=platform), client, deadline, permission
+                )
             except ChandleryError as error:
                 return _PlatformFailure(platform, error)
 
@@ -320,14 +362,18 @@ class Images:
             await self._stores.blobs.put_bytes(content, media_type)
         return descriptor
 
-    async def _platform_image(self, request: ImageRequest, client: str, deadline: Deadline) -> _PlatformImage:
+    async def _platform_image(
+        self, request: ImageRequest, client: str, deadline: Deadline, permission: Permission
+    ) -> _PlatformImage:
         """Return the image of one platform at what its source is pinned to now."""
         source = self._sources.of(request.source)
+        await self._permissions.check_tag(permission, request)
         async with _pending(request.name, source.text, deadline):
             pin = await source.pin(request.reference, request.platform)
+            await self._permissions.check_tag(permission, request, pin)
         recipe = await self._recipe(pin, request)
         try:
-            image = await self._carried_out(recipe, client, deadline)
+            image = await self._carried_out(recipe, client, deadline, permission)
         except DownloadError:
             # A mirror drops what a newer index has replaced, so see whether there is one.
             async with _pending(request.name, source.text, deadline):
@@ -336,7 +382,7 @@ class Images:
             if newer == pin:
                 raise
             recipe = await self._recipe(newer, request)
-            image = await self._carried_out(recipe, client, deadline)
+            image = await self._carried_out(recipe, client, deadline, permission)
         return _PlatformImage(request.platform, recipe, image)
 
     async def _recipe(self, pin: PinnedSource, request: ImageRequest) -> Recipe:
@@ -350,15 +396,42 @@ class Images:
                 log.warning("a table of popularity can't be read", file=pin.popularity, error=str(error))
         return Recipe(pin, request, self._options, popularity)
 
-    async def _carried_out(self, recipe: Recipe, client: str, deadline: Deadline) -> BuiltImage:
+    async def _carried_out(
+        self, recipe: Recipe, client: str, deadline: Deadline, permission: Permission
+    ) -> BuiltImage:
         """Return the image of a recipe, which is known, or built."""
         known = await self._known.find(recipe.key)
-        if known is not None:
-            self._metrics.looked_up("image", hits=1)
-            return known
-        self._metrics.looked_up("image", misses=1)
+        self._metrics.looked_up("image", hits=int(known is not None), misses=int(known is None))
+        with told_to(permission, recipe.request):
+            image = known or await self._built(recipe, client, deadline, permission)
+            if permission is not EVERYTHING:
+                await self._permissions.check(permission, recipe.pin, recipe.request)
+                await self._note_tag(recipe)
+        return image
+
+    async def _built(
+        self, recipe: Recipe, client: str, deadline: Deadline, permission: Permission
+    ) -> BuiltImage:
+        """Have an image built; how that fails is told to a client only if it may have the image."""
         self._limits.check_request(recipe.request, self._stores.folder)
-        return await self.queue.wait(recipe, client, deadline)
+        while True:
+            try:
+                return await self.queue.wait(recipe, client, deadline, permission)
+            except PullDeniedError as error:
+                if error.user == permission.user:
+                    raise
+                # It was another client's build, which this one joined too late.
+                await self._permissions.check(permission, recipe.pin, recipe.request)
+            except ChandleryError:
+                await self._permissions.check_remembered(permission, recipe.pin, recipe.request)
+                raise
+
+    async def _note_tag(self, recipe: Recipe) -> None:
+        """Remember the name and the tag of an image that may have been made for others; once is enough."""
+        noted = (recipe.key, recipe.request.name, recipe.request.reference)
+        if noted not in self._noted_tags:
+            await self._stores.index.remember_tag(recipe)
+            self._noted_tags[noted] = True
 
 
 def _left_out(failure: _PlatformFailure) -> str:

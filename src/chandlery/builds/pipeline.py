@@ -23,6 +23,7 @@ from chandlery.builds.build import Build
 from chandlery.builds.job import Job
 from chandlery.builds.known_images import KnownImages
 from chandlery.builds.layer_packer import LayerPacker
+from chandlery.builds.permissions import Permissions
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import Recipe
 from chandlery.builds.resolver import PackageResolver
@@ -95,6 +96,7 @@ class Pipeline:
         stores: Stores,
         known: KnownImages,
         resolver: PackageResolver,
+        permissions: Permissions,
         tables: PopularityTables,
         limits: BuildLimits,
         processes: int,
@@ -103,6 +105,7 @@ class Pipeline:
         self._stores = stores
         self._known = known
         self._resolver = resolver
+        self._permissions = permissions
         self._tables = tables
         self._limits = limits
         self._pool = ProcessPool(processes)
@@ -208,6 +211,7 @@ class Pipeline:
                         remembered=attempt == 1,
                     )
                 log.info("resolved", build=job.build.id, packages=len(resolutions))
+                await self._permissions.require_one(job.build.permissions, job.recipe.pin, request)
                 job.build.step("realise")
                 wanted = sorted({each.store_path for each in resolutions.values()})
                 if await job.nix.protect_known(wanted, job.roots / "known"):

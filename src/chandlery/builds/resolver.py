@@ -1,7 +1,8 @@
 """From attribute paths to derivations: asked of Nix once per pin, and then remembered.
 
 What an attribute path gives at a pin never changes, so a new mix of known packages calls no evaluator. What
-is missing or can't be evaluated isn't remembered: it is told, all of it at once, with the nearest names.
+is missing or can't be evaluated is told, all of it at once, with the nearest names, and asked for again the
+next time; it is remembered only for `derivations`, to which it is an answer.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import msgspec
 import structlog
 
 from chandlery.builds.index import ResolutionRecords
-from chandlery.errors import NixError, PackagesNotFoundError, StorageError, evaluation_error
+from chandlery.errors import EvaluationError, NixError, PackagesNotFoundError, StorageError, evaluation_error
 from chandlery.image.nearest import nearest
 from chandlery.nix.nix import Resolution
 from chandlery.nix.pinned_source import PinnedSource
@@ -43,8 +44,8 @@ class PackageResolver:
 
     async def remembers(self, pin: PinnedSource, system: str, attribute_paths: Sequence[str]) -> bool:
         """Return whether `resolve` would evaluate nothing."""
-        records = await self._index.resolutions(_pin_key(pin, system), attribute_paths)
-        return all(path in records for path in attribute_paths)
+        known = await self.known(pin, system, attribute_paths)
+        return all(path in known for path in attribute_paths)
 
     async def resolve(
         self, pin: PinnedSource, system: str, attribute_paths: Sequence[str], *, remembered: bool = True
@@ -53,11 +54,7 @@ class PackageResolver:
 
         Raises `PackagesNotFoundError` and `EvaluationError`, each with all the packages that it is about.
         """
-        pin_key = _pin_key(pin, system)
-        known: dict[str, Resolution] = {}
-        if remembered:
-            records = await self._index.resolutions(pin_key, attribute_paths)
-            known = {path: msgspec.json.decode(record, type=Resolution) for path, record in records.items()}
+        known = dict(await self.known(pin, system, attribute_paths)) if remembered else {}
         unknown = [path for path in attribute_paths if path not in known]
         self._metrics.looked_up("resolution", hits=len(known), misses=len(unknown))
         if not unknown:
@@ -68,12 +65,47 @@ class PackageResolver:
             raise PackagesNotFoundError(missing, await self._suggestions(pin, system, missing))
         refused = {path: answers[path] for path in unknown if not answers[path].found}
         if refused:
-            raise evaluation_error(
-                {path: {"reason": each.status, "message": each.message} for path, each in refused.items()}
-            )
-        records = {path: msgspec.json.encode(answer) for path, answer in answers.items()}
-        await self._index.remember_resolutions(pin_key, records)
+            raise _refusal(refused)
+        await self._remember(pin, system, answers)
         return known | answers
+
+    async def known(
+        self, pin: PinnedSource, system: str, attribute_paths: Sequence[str]
+    ) -> Mapping[str, Resolution]:
+        """Return what is remembered of attribute paths, and led to a derivation; see `resolve`."""
+        records = await self._records(pin, system, attribute_paths)
+        return {path: record for path, record in records.items() if record.found}
+
+    async def derivations(
+        self, pin: PinnedSource, system: str, attribute_paths: Sequence[str], sound: str
+    ) -> Mapping[str, str]:
+        """Return the derivation of each attribute path, and nothing for one that leads to none.
+
+        `sound` is an attribute path that leads to one: if it doesn't now, the evaluation itself failed.
+        Raises `EvaluationError` then, and for those that take more time or memory than there is.
+        """
+        answers = await self._records(pin, system, attribute_paths)
+        unknown = [path for path in attribute_paths if path not in answers]
+        if unknown:
+            evaluated = await self._nix.of(pin).resolve(pin, system, [sound, *unknown])
+            limited = {path: each for path, each in evaluated.items() if each.is_limit}
+            if not evaluated[sound].found:
+                limited[sound] = evaluated[sound]
+            if limited:
+                raise _refusal(limited)
+            await self._remember(pin, system, {path: evaluated[path] for path in unknown})
+            answers |= evaluated
+        return {path: answers[path].derivation for path in attribute_paths if answers[path].found}
+
+    async def _records(
+        self, pin: PinnedSource, system: str, attribute_paths: Sequence[str]
+    ) -> dict[str, Resolution]:
+        records = await self._index.resolutions(_key(pin, system), attribute_paths)
+        return {path: msgspec.json.decode(record, type=Resolution) for path, record in records.items()}
+
+    async def _remember(self, pin: PinnedSource, system: str, answers: Mapping[str, Resolution]) -> None:
+        records = {path: msgspec.json.encode(answer) for path, answer in answers.items()}
+        await self._index.remember_resolutions(_key(pin, system), records)
 
     async def _suggestions(
         self, pin: PinnedSource, system: str, missing: Sequence[str]
@@ -115,5 +147,11 @@ class PackageResolver:
         return names
 
 
-def _pin_key(pin: PinnedSource, system: str) -> str:
+def _key(pin: PinnedSource, system: str) -> str:
     return Digest.of_parts([_DERIVATIONS_VERSION, *pin.key_parts, system]).hex
+
+
+def _refusal(answers: Mapping[str, Resolution]) -> EvaluationError:
+    return evaluation_error(
+        {path: {"reason": each.status, "message": each.message} for path, each in answers.items()}
+    )

@@ -222,3 +222,8 @@ def image_index(manifest_format: ManifestFormat, manifests: Sequence[tuple[Platf
             ],
         }
     )
+
+
+def manifests_of(index: bytes) -> Sequence[Digest]:
+    """Return the manifests that an index lists; `index` is one that `image_index` made."""
+    return [Digest.parse(each["digest"]) for each in msgspec.json.decode(index)["manifests"]]

@@ -25,6 +25,7 @@ from starlette.routing import Route
 from chandlery.access import client_address
 from chandlery.access.client_address import client_network
 from chandlery.access.control import TOKEN_PATH, AccessControl
+from chandlery.access.rules import EVERYTHING, Permission
 from chandlery.builds.images import Pulled
 from chandlery.errors import (
     BlobNotFoundError,
@@ -85,24 +86,39 @@ _DEFAULT_ACCESS = Access()
 class ImageSource(Protocol):
     """Where images come from; every method may raise any `ChandleryError`."""
 
-    async def pull(self, request: ImageRequest, client: str, deadline: Deadline, *, index: bool) -> Pulled:
+    async def pull(
+        self,
+        request: ImageRequest,
+        client: str,
+        deadline: Deadline,
+        *,
+        index: bool,
+        permission: Permission = EVERYTHING,
+    ) -> Pulled:
         """Return what a tag names, building it if need be: an image, or an index if the client takes one.
 
-        Its blobs and manifests are in the blob store. `client` is for fairness. At the deadline
+        Its blobs and manifests are in the blob store. `client` is for fairness. What the `permission`
+        refuses is neither built nor returned: `PullDeniedError`. At the deadline
         `BuildPendingError` is raised, and the build goes on. Cancelling the call must not stop a build that
         another client waits for.
         """
         ...
 
-    async def tags(self, request: ImageRequest, client: str, deadline: Deadline) -> Sequence[str]:
-        """Return the tags of an image, in any order; the request's reference means nothing here.
+    async def tags(
+        self, request: ImageRequest, client: str, deadline: Deadline, permission: Permission = EVERYTHING
+    ) -> Sequence[str]:
+        """Return the tags that an image has for who has the permission, in any order.
 
-        `client` and `deadline` are for what has to be evaluated for that, as with `pull`.
+        The request's reference means nothing here. `client` and `deadline` are for what has to be evaluated
+        for that, as with `pull`.
         """
         ...
 
-    async def needs(self, request: ImageRequest, digest: Digest) -> bool:
-        """Return whether an image of this name was made that needs a blob, at whatever revision."""
+    async def needs(self, request: ImageRequest, digest: Digest, permission: Permission = EVERYTHING) -> bool:
+        """Return whether an image of this name was made that needs a blob, and may be pulled.
+
+        At whatever revision that was.
+        """
         ...
 
     @property
@@ -220,7 +236,7 @@ class _RegistryAPI:
         deadline = Deadline.after(self._access.wait.hold)
         wanted = await self._image_request(request)
         digest = Digest.parse(request.path_params["digest"])
-        info = await self._obtain(wanted, digest, deadline, self._client(request))
+        info = await self._obtain(request, wanted, digest, deadline)
         if info is None:
             raise BlobNotFoundError(str(digest))
         headers = {**_digest_headers(digest), "cache-control": self._for_ever, "accept-ranges": "bytes"}
@@ -266,17 +282,20 @@ class _RegistryAPI:
 
     async def _manifest_by_digest(self, request: Request, digest: Digest, deadline: Deadline) -> _Manifest:
         wanted = await self._image_request(request)
-        client = self._client(request)
-        descriptor, content = await self._described(wanted, digest, deadline, client)
+        descriptor, content = await self._described(request, wanted, digest, deadline)
         headers = {"cache-control": self._for_ever}
-        check = partial(self._is_there, digest, client)
+        check = partial(self._is_there, digest, self._client(request))
         return _Manifest(descriptor, content, headers, check, self._images.max_age)
 
     async def _manifest_by_tag(self, request: Request, tag: str, deadline: Deadline) -> _Manifest:
         wanted = await self._image_request(request, tag)
         accepted = accepted_formats(request.headers.getlist("accept"))
         takes_index = accepted.index is not None
-        pulled = await self._images.pull(wanted, self._client(request), deadline, index=takes_index)
+        pulled = await self._images.pull(
+            *(wanted, self._client(request), deadline),
+            index=takes_index,
+            permission=_permission(request),
+        )
         descriptor = pulled.manifests[accepted.manifest]
         if accepted.index and pulled.is_index:
             descriptor = pulled.manifests[accepted.index]
@@ -327,7 +346,7 @@ class _RegistryAPI:
         deadline = Deadline.after(self._access.wait.hold)
         wanted = await self._image_request(request)
         try:
-            known = await self._images.tags(wanted, self._client(request), deadline)
+            known = await self._images.tags(wanted, self._client(request), deadline, _permission(request))
         except BuildPendingError as pending:
             return self._keep_waiting(request, pending)
         name = request.path_params["name"]
@@ -359,33 +378,37 @@ class _RegistryAPI:
 
     async def _image_request(self, request: Request, reference: str = image_name.LATEST) -> ImageRequest:
         """Read the name in a path, and see that its client may ask for it."""
-        name = request.path_params["name"]
+        control, name = self._access.control, request.path_params["name"]
+        if control is None:
+            return image_name.parse(name, reference, self._name_prefixes)
+        # What a name means here, only those may know who are let in.
+        image_name.check(name, reference)
+        client = await control.admit(request)
         wanted = image_name.parse(name, reference, self._name_prefixes)
-        if self._access.control:
-            client = await self._access.control.authorize(request, name, wanted)
-            request.state.client = client.key
+        request.state.permission = control.authorize(client, name, wanted)
+        request.state.client = client.key
         return wanted
 
-    async def _may_have(self, wanted: ImageRequest, digest: Digest) -> bool:
-        """Return whether who may have an image may have a blob, if not everybody may have everything."""
-        control = self._access.control
-        return control is None or not control.restricts or await self._images.needs(wanted, digest)
-
     async def _obtain(
-        self, wanted: ImageRequest, digest: Digest, deadline: Deadline, client: str
+        self, request: Request, wanted: ImageRequest, digest: Digest, deadline: Deadline
     ) -> BlobInfo | None:
         """Return what is known of a blob, if who may have the image may have it."""
-        if not await self._may_have(wanted, digest):
+        control = self._access.control
+        if (
+            control
+            and control.restricts
+            and not await self._images.needs(wanted, digest, _permission(request))
+        ):
             return None
-        return await self._blobs.obtain(digest, deadline, client)
+        return await self._blobs.obtain(digest, deadline, self._client(request))
 
     async def _described(
-        self, wanted: ImageRequest, digest: Digest, deadline: Deadline, client: str
+        self, request: Request, wanted: ImageRequest, digest: Digest, deadline: Deadline
     ) -> tuple[Descriptor, bytes]:
         """Read a manifest, and be sure that it is one: the blob store also holds layers and configs."""
         name = wanted.name
         try:
-            info = await self._obtain(wanted, digest, deadline, client)
+            info = await self._obtain(request, wanted, digest, deadline)
         except BlobNotFoundError as error:
             raise ReferenceNotFoundError(name, str(digest), error.reason) from error
         if info is not None and info.size <= _LARGEST_MANIFEST:
@@ -426,6 +449,11 @@ class _RegistryAPI:
             async for block in self._blobs.read(digest, part):
                 yield block
         yield multipart.end
+
+
+def _permission(request: Request) -> Permission:
+    """Return what the client may have, as `_image_request` has found out; without access control all."""
+    return getattr(request.state, "permission", EVERYTHING)
 
 
 def _page(tags: Iterable[str], n: str | None, last: str | None) -> tuple[list[str], bool]:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from chandlery.access.rules import AccessRules, Rule
+from chandlery.access.rules import AccessRules, Permission, Rule
 from chandlery.image.name import ImageRequest, NamePrefixes, parse
 from chandlery.oci.documents import Platform
 
@@ -41,12 +41,69 @@ def test_a_rule_names_what_it_refuses(rule: Rule, name: str, denied: tuple[str, 
 
 
 def test_a_rule_may_be_about_package_sources() -> None:
-    rule = Rule(sources=("path!/srv/*", "debian!bookworm"))
+    rule, refused = Rule(sources=("path!/srv/*", "debian!bookworm")), ("from the default source",)
     assert rule.denied(request("git"), ["debian!bookworm"]) == ()
     assert rule.denied(request("git"), ["path!/srv/packages"]) == ()
-    assert rule.denied(request("git"), ["debian!trixie"]) == ("from debian!trixie",)
-    assert rule.denied(request("git"), ["debian!trixie", "next"]) == ("from debian!trixie",)
+    assert rule.denied(request("git"), ["debian!trixie"]) == refused
+    assert rule.denied(request("git"), ["debian!trixie", "next"]) == refused
     assert Rule(sources=("next",)).denied(request("git"), ["debian!trixie", "next"]) == ()
+
+
+def test_whoever_may_not_pull_from_a_source_is_not_told_where_it_is() -> None:
+    prefixes = NamePrefixes(Platform("linux", "amd64"), sources=frozenset({"ours"}))
+    asked = parse("ours/git", "latest", prefixes)
+    assert Rule(sources=("next",)).denied(asked, ["git!https://git.internal/ours", "ours"]) == ("from ours",)
+
+
+@pytest.mark.parametrize(
+    ("deny", "path", "names", "paths"),
+    [
+        (("git", "jq"), "pkgs.git", (), ("git", "jq")),
+        (("git*", "?", "[a]"), "pkgs.git", (), ()),
+        (("python3Packages.n*",), "python311Packages.numpy", (), ("python3Packages.numpy",)),
+        (("python3Packages.n*",), "python311Packages.six", ("six",), ()),
+        (("a.b.*",), "x.y.z", (), ("a.b.x", "a.b.y", "a.b.z")),
+        (("a.*.b",), "x.y.b", ("b",), ("a.y.b",)),
+        (("python3Packages.*",), "alias", ("numpy",), ("python3Packages.alias", "python3Packages.numpy")),
+    ],
+)
+def test_what_is_denied_may_be_what_another_path_leads_to(
+    deny: tuple[str, ...], path: str, names: tuple[str, ...], paths: tuple[str, ...]
+) -> None:
+    assert Rule(deny=deny).denied_paths(path.split("."), names) == paths
+
+
+@pytest.mark.parametrize(
+    ("patterns", "chosen", "allowed"),
+    [
+        (("*",), "debian!sid", True),
+        (("debian!bookworm",), "", True),
+        (("debian!bookworm",), "debian!sid", False),
+        (("debian!*",), "debian!sid", True),
+        # Under its name the source is the operator's choice, with all that its tags may choose.
+        (("stable",), "debian!sid", True),
+    ],
+)
+def test_a_tag_that_chooses_another_source_has_to_be_allowed(
+    patterns: tuple[str, ...], chosen: str, *, allowed: bool
+) -> None:
+    permission = Permission("bob", Rule(sources=patterns), ("debian!bookworm", "stable"))
+    assert permission.allows_tag(chosen) is allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "may"),
+    [
+        ("git", True),
+        ("gitea", True),
+        ("jq", False),
+        ("git-lfs", False),
+        ("pkgs.git", False),
+        ("git-x.out", True),
+    ],
+)
+def test_a_name_is_told_if_it_may_be_pulled(name: str, *, may: bool) -> None:
+    assert Rule(allow=("git*", "pkgs.*"), deny=("git-lfs", "git-x.*.y", "*.git")).may_name(name) is may
 
 
 @pytest.mark.parametrize(

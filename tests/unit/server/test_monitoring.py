@@ -78,7 +78,7 @@ async def watched(folder: Path, watchers: Watchers) -> AsyncIterator[Watched]:
         readiness = Readiness({"storage": checks.may_fail, "nix": checks.passes}, max_age=0)
 
         class NoImages:
-            async def pull(self, *_: object, index: bool) -> Pulled:
+            async def pull(self, *_: object, index: bool, permission: object = None) -> Pulled:
                 raise BuildError("nothing", "there is nothing here", [])
 
             async def tags(self, *_: object) -> list[str]:

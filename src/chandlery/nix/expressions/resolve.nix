@@ -5,8 +5,9 @@
 # A line with `mark` alone is traced when the set has been read; then, as they come, lines of `mark`, the attribute path
 # and the answer in JSON. So when something ends the whole evaluation, what was answered before counts, and the first
 # that wasn't is the one to blame.
-# An answer is { status = "found"; drvPath; outputs; ... } or { status = <reason>; message; }. In `path` it says how the
-# set writes the attribute path, in `place` which part of it leads to the set that has the package, and in `otherNames` what else people call the package, and those passed on the way to it.
+# An answer is { status = "found"; drvPath; outputs; ... } or { status = <reason>; message; }. `path` is the attribute
+# path as the set writes it, `place` the part of it that leads to the set that has the first package on it, and
+# `otherNames` are what people call that one, those passed after it, and the one at the end.
 # A flake is evaluated where no file can be imported: then the other two expressions are given.
 { request, lookUp ? import ./look_up.nix, packageSet ? import ./package_set.nix }:
 let
@@ -34,7 +35,8 @@ let
   namesOf = package:
     let
       listed = package.otherNames or [ ];
-      names = builtins.filter builtins.isString ([ (package.pname or null) ] ++ (if builtins.isList listed then listed else [ ]))
+      told = [ (package.pname or null) ] ++ (if builtins.isList listed then listed else [ ]);
+      names = builtins.filter builtins.isString told
         ++ (if builtins.isString (package.name or null) then [ (builtins.parseDrvName package.name).name ] else [ ]);
       read = attempt (builtins.deepSeq names names);
     in
