@@ -41,6 +41,7 @@ ChandleryError
 │   │   └── BuildDisplacedError     the build gave way in it
 │   ├── TooManyEvaluationsError  so many names are being evaluated for one client that no other is
 │   ├── TooManyReferencesError  so many tags of a source were asked for that no other is looked up
+│   ├── TooManyLoginsError      so many passwords wait to be tried that no other is taken
 │   └── RateLimitError          one client asks for too much
 ├── NixError                    Nix itself failed
 │   └── NixMissingError         there is no Nix
@@ -418,6 +419,13 @@ class TooManyReferencesError(TryAgainError):
     def __init__(self, source: str) -> None:
         super().__init__(f"too many different tags of {source} were asked for lately: pull again in a moment")
         self.source = source
+
+
+class TooManyLoginsError(TryAgainError):
+    """So many passwords wait to be tried that no other is taken."""
+
+    def __init__(self) -> None:
+        super().__init__("too many log in at once: try again in a moment")
 
 
 class RateLimitError(TryAgainError):

@@ -67,9 +67,18 @@ def is_loopback(host: str) -> bool:
 
 def client_network(text: str) -> str:
     """Return what an address is counted under: a client with IPv6 has a /64 of them (RFC 4291, 2.5.4)."""
+    return _network(text, 64)
+
+
+def client_site(text: str) -> str:
+    """Return what an address takes turns under: with IPv6 a site may have a /48 (RFC 6177, section 2)."""
+    return _network(text, 48)
+
+
+def _network(text: str, prefix: int) -> str:
     address = _parse(text)
     if isinstance(address, IPv6Address):
-        return str(ip_network((address, 64), strict=False))
+        return str(ip_network((address, prefix), strict=False))
     return text if address is None else str(address)
 
 

@@ -11,15 +11,16 @@ the address in it; else for Basic, which goes where the request went.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import structlog
 from starlette.requests import Request
 
 from chandlery.access import client_address
 from chandlery.access.authorization import BearerToken, Credentials, Password, parse_authorization, pull_scope
 from chandlery.access.client_address import client_network
+from chandlery.access.known_addresses import KnownAddresses
+from chandlery.access.logins import Logins
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.rules import EVERYTHING, AccessRules, Permission, Rule
 from chandlery.access.tokens import SERVICE, Grant, Tokens
@@ -29,12 +30,7 @@ from chandlery.image import name as image_name
 from chandlery.image.name import ImageRequest, NamePrefixes
 from chandlery.machine.token_buckets import Buckets, SharedTokenBuckets, TokenBuckets
 
-log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-
 TOKEN_PATH = "/v2/token"  # noqa: S105 (a path)
-
-# What is hashed for one address, behind which a whole office may be; what was right a short time ago is not.
-_PASSWORDS_PER_MINUTE = 30
 
 _USER_PREFIX = "user:"
 
@@ -55,11 +51,15 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """The users, the tokens that they get, and whether who hasn't logged in gets one too."""
+    """The users, and the tokens that they get; `anonymous`: who hasn't logged in gets one, too.
+
+    `known` is from where users have logged in.
+    """
 
     users: Users
     tokens: Tokens
     anonymous: bool = False
+    known: KnownAddresses = field(default_factory=KnownAddresses)
 
 
 class AccessControl:
@@ -88,7 +88,7 @@ class AccessControl:
         self._address = address
         self._requests = buckets("requests", 60.0)
         self._builds = buckets("builds", 3600.0)
-        self._passwords = buckets("passwords", 60.0)
+        self._logins = Logins(accounts.users, accounts.known, buckets) if accounts else None
 
     async def admit(self, request: Request) -> Client:
         """Return who sent a request. Raises `CredentialsError` and `RateLimitError`."""
@@ -111,10 +111,10 @@ class AccessControl:
     async def identify(self, request: Request, credentials: Credentials | None) -> Client:
         """Return whose credentials these are, and count the request; see `admit`."""
         address = client_address.noted(request)
-        if self.accounts is None or credentials is None:
+        if self.accounts is None or self._logins is None or credentials is None:
             client = Client(None, address)
         elif isinstance(credentials, Password):
-            await self._check(self.accounts.users, credentials, address)
+            await self._logins.check(credentials, address)
             client = Client(credentials.user, address)
         else:
             client = _holder(self.accounts, credentials, address)
@@ -164,18 +164,6 @@ class AccessControl:
 
     def _rule(self, client: Client) -> Rule:
         return self._rules.of(client.user)
-
-    async def _check(self, users: Users, credentials: Password, address: str) -> None:
-        """Raise `CredentialsError` if a password is wrong, `RateLimitError` before too many are tried."""
-        user, password = credentials.user, credentials.password
-        if users.remembers(user, password):
-            return
-        wait = self._passwords.take(client_network(address), _PASSWORDS_PER_MINUTE)
-        _raise_if(wait, "passwords", _PASSWORDS_PER_MINUTE, "minute")
-        if not await users.check(user, password):
-            # Without the name: people type a password there.
-            log.warning("wrong user or password", client=address)
-            raise CredentialsError("the user or the password is wrong")
 
 
 def _holder(accounts: Accounts, token: BearerToken, address: str) -> Client:

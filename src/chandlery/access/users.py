@@ -34,7 +34,7 @@ _USUAL_COST = 5
 
 _REMEMBERED_SECONDS = 300.0
 _MOST_REMEMBERED = 1_000
-_HASHES_AT_ONCE = 2
+HASHES_AT_ONCE = 2
 
 
 class Users:
@@ -53,7 +53,7 @@ class Users:
         self._hashes = _read(file)
         self._proven: TTLCache[bytes, bool] = TTLCache(_MOST_REMEMBERED, _REMEMBERED_SECONDS, timer=clock)
         self._key = secrets.token_bytes(32)
-        self._slots = asyncio.Semaphore(_HASHES_AT_ONCE)
+        self._slots = asyncio.Semaphore(HASHES_AT_ONCE)
 
     def remembers(self, user: str, password: str) -> bool:
         """Return whether this was found right a short time ago."""

@@ -5,36 +5,58 @@ will be full (the generic cell rate algorithm, ITU-T I.371): a client that isn't
 the clients that did nothing for longest can be forgotten. Several processes can share buckets in a file.
 """
 
-import mmap
-import os
-import struct
 import time
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-from cachetools import LRUCache
-
-from chandlery.machine.locks import lock, unlock
+from chandlery.machine.times import SharedTimes, Times, TimesInMemory
 
 _MOST_CLIENTS = 10_000
-
-# The file of shared buckets: rows of places; a place has a client's hash, and when its bucket will be full.
-_ROWS, _PLACES = 2048, 8
-_PLACE = struct.Struct("=Qd")
-_ROW_SIZE = _PLACES * _PLACE.size
 
 
 class Buckets(Protocol):
     """A bucket for each client."""
 
+    def wait(self, client: str, limit: int) -> float:
+        """Return in how many seconds one of a client's `limit` tokens is there, 0.0 if there is one."""
+
     def take(self, client: str, limit: int) -> float:
         """Take one of a client's `limit` tokens: 0.0 if there was one, else in how many seconds there is."""
 
+    def give_back(self, client: str, limit: int) -> None:
+        """Give back a token that was taken and not used."""
 
-class TokenBuckets:
-    """Buckets by client that fill in `period` seconds; at most `most_clients` are remembered."""
+
+class _Buckets:
+    """Buckets by client that fill in `period` seconds, and are full at a moment of `times`."""
+
+    def __init__(self, times: Times, period: float, clock: Callable[[], float]) -> None:
+        self._full_at = times
+        self._period = period
+        self._clock = clock
+
+    def wait(self, client: str, limit: int) -> float:
+        """See `Buckets`."""
+        return _take(self._full_at.get(client), self._clock(), self._period, limit)[0]
+
+    def take(self, client: str, limit: int) -> float:
+        """See `Buckets`."""
+        now = self._clock()
+
+        def taken(full_at: float) -> float:
+            wait, then = _take(full_at, now, self._period, limit)
+            return full_at if wait else then
+
+        return _take(self._full_at.change(client, taken), now, self._period, limit)[0]
+
+    def give_back(self, client: str, limit: int) -> None:
+        """See `Buckets`."""
+        self._full_at.change(client, lambda full_at: max(0.0, full_at - self._period / limit))
+
+
+class TokenBuckets(_Buckets):
+    """Buckets of one process; at most `most_clients` are remembered."""
 
     def __init__(
         self,
@@ -43,48 +65,17 @@ class TokenBuckets:
         most_clients: int = _MOST_CLIENTS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._period = period
-        self._clock = clock
-        self._full_at: LRUCache[str, float] = LRUCache(most_clients)
-
-    def take(self, client: str, limit: int) -> float:
-        """See `Buckets`."""
-        wait, full_at = _take(self._full_at.get(client, 0.0), self._clock(), self._period, limit)
-        if not wait:
-            self._full_at[client] = full_at
-        return wait
+        super().__init__(TimesInMemory(most_clients), period, clock)
 
 
-class SharedTokenBuckets:
+class SharedTokenBuckets(_Buckets):
     """Buckets that several processes take from, in a file; where there is no room the fullest is forgotten.
 
     The clock has to be the same for all of them, as the system's monotonic one is.
     """
 
     def __init__(self, file: Path, period: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._period = period
-        self._clock = clock
-        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._file, _ROWS * _ROW_SIZE)
-        self._table = mmap.mmap(self._file, _ROWS * _ROW_SIZE)
-
-    def take(self, client: str, limit: int) -> float:
-        """See `Buckets`; others are kept waiting for microseconds."""
-        # 0 is a place that nobody has.
-        key = int.from_bytes(blake2b(client.encode(errors="surrogatepass"), digest_size=8).digest()) or 1
-        row = key % _ROWS * _ROW_SIZE
-        lock(self._file)
-        try:
-            places = list(_PLACE.iter_unpack(self._table[row : row + _ROW_SIZE]))
-            mine = [number for number, (owner, _) in enumerate(places) if owner == key]
-            place = mine[0] if mine else min(range(_PLACES), key=lambda number: places[number][1])
-            known = places[place][1] if mine else 0.0
-            wait, full_at = _take(known, self._clock(), self._period, limit)
-            if not wait:
-                _PLACE.pack_into(self._table, row + place * _PLACE.size, key, full_at)
-        finally:
-            unlock(self._file)
-        return wait
+        super().__init__(SharedTimes(file), period, clock)
 
 
 def _take(full_at: float, now: float, period: float, limit: int) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from chandlery.access.client_address import is_loopback, parse_networks
 from chandlery.access.control import AccessControl, Accounts
+from chandlery.access.known_addresses import KnownAddresses
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.tokens import Tokens, load_key
 from chandlery.access.users import Users
@@ -175,7 +176,10 @@ def access_control(settings: Settings, shared: Path | None = None) -> AccessCont
                 'anonymous = "read" beside users_file takes public_url: where clients get their tokens'
             )
         key = load_key(settings.token_key_file or settings.data_dir / "token-key")
-        accounts = Accounts(Users(settings.users_file), Tokens(key, settings.token_lifetime), anonymous)
+        known = KnownAddresses.in_file(settings.data_dir / "known-addresses")
+        accounts = Accounts(
+            Users(settings.users_file), Tokens(key, settings.token_lifetime), anonymous, known
+        )
     if accounts is None and not settings.access.model_fields_set:
         return None
     address = PublicAddress(settings.public_url, parse_networks(settings.trusted_proxies))

@@ -410,14 +410,45 @@ async def test_without_users_each_address_has_a_number_of_requests(registry: Reg
 async def test_passwords_can_not_be_tried_without_end(registry: Registry) -> None:
     control = registry.control()
     async with registry.serving(control) as client:
-        # What was right is remembered, and goes on for whoever is at the same address.
-        assert (await client.get("/v2/", auth=ALICE)).status_code == 200
         statuses = [(await client.get("/v2/", auth=("alice", str(guess)))).status_code for guess in range(40)]
-        assert statuses == [401] * 29 + [429] * 11
-        assert (await client.get("/v2/token", auth=BOB)).status_code == 429
+        assert statuses == [401] * 10 + [429] * 30
+        refused = await client.get("/v2/token", auth=ALICE)
+        assert refused.status_code == 429
+        assert 0 < int(refused.headers["retry-after"]) <= 6
+        # Others at this address, and alice at others, are let in.
+        assert (await client.get("/v2/token", auth=BOB)).status_code == 200
+    async with registry.serving(control, peer="192.0.2.8") as client:
+        assert (await client.get("/v2/", auth=ALICE)).status_code == 200
+
+
+async def test_right_passwords_are_not_counted(registry: Registry) -> None:
+    names = [f"user-{number}" for number in range(40)]
+    registry.file.write_text("".join(f"{name}:{hashed('right')}\n" for name in names))
+    async with registry.serving(registry.control()) as client:
+        assert {(await client.get("/v2/", auth=(name, "right"))).status_code for name in names} == {200}
+
+
+async def test_a_right_password_that_was_used_lately_is_no_way_to_guess_it(registry: Registry) -> None:
+    control = registry.control()
+    async with registry.serving(control) as client:
         assert (await client.get("/v2/", auth=ALICE)).status_code == 200
     async with registry.serving(control, peer="192.0.2.8") as client:
-        assert (await client.get("/v2/", auth=BOB)).status_code == 200
+        for guess in range(40):
+            await client.get("/v2/", auth=("alice", str(guess)))
+        assert (await client.get("/v2/", auth=ALICE)).status_code == 429
+
+
+async def test_a_user_is_guessed_at_no_faster_from_many_addresses(registry: Registry) -> None:
+    control = registry.control()
+    async with registry.serving(control, peer="192.0.2.7") as client:
+        assert (await client.get("/v2/", auth=ALICE)).status_code == 200
+    statuses = []
+    for number in range(100):
+        async with registry.serving(control, peer=f"2001:db8:0:{number:x}::1") as client:
+            statuses.append((await client.get("/v2/", auth=("alice", str(number)))).status_code)
+    assert statuses == [401] * 60 + [429] * 40
+    async with registry.serving(control, peer="192.0.2.7") as client:
+        assert (await client.get("/v2/", auth=ALICE)).status_code == 200
 
 
 def test_each_client_has_a_number_of_builds(registry: Registry) -> None:

@@ -51,9 +51,28 @@ def test_only_the_clients_that_came_last_are_remembered() -> None:
     buckets = TokenBuckets(60.0, most_clients=3, clock=Clock(1000.0))
     for client in ("a", "b", "c", "a", "d"):
         buckets.take(client, 2)
-    assert len(buckets._full_at) == 3
     assert buckets.take("a", 2)
     assert not buckets.take("b", 1)
+
+
+def test_a_token_that_is_given_back_is_there_again() -> None:
+    buckets = TokenBuckets(60.0, clock=Clock(1000.0))
+    for _ in range(10):
+        assert not buckets.take("alice", 1)
+        buckets.give_back("alice", 1)
+    buckets.give_back("bob", 1)
+    assert not buckets.take("bob", 1)
+    assert buckets.take("bob", 1)
+
+
+def test_who_only_asks_takes_nothing() -> None:
+    clock = Clock(1000.0)
+    buckets = TokenBuckets(60.0, clock=clock)
+    assert [buckets.wait("alice", 2) for _ in range(5)] == [0.0] * 5
+    assert not buckets.take("alice", 2)
+    assert not buckets.take("alice", 2)
+    clock.now += 10.0
+    assert buckets.wait("alice", 2) == pytest.approx(20.0)
 
 
 # Shared by processes
