@@ -205,7 +205,7 @@ def routes(
         Route("/v2/{name:rest}/blobs/{digest}", endpoint(api.blob), name="blob"),
         Route("/v2/{name:rest}/tags/list", endpoint(api.tags), name="tags"),
         Route("/v2/{name:rest}/referrers/{digest}", endpoint(api.referrers), name="referrers"),
-        Route("/v2/{name:rest}/blobs/uploads/{session:rest}", endpoint(api.unknown, ()), name="upload"),
+        Route("/v2/{name:rest}/blobs/uploads/{session:rest}", endpoint(api.upload), name="upload"),
         Route("/v2/_catalog", endpoint(api.catalog), name="catalog"),
         Route("/v2/{rest:rest}", endpoint(api.unknown), name="unknown"),
     ]
@@ -371,6 +371,10 @@ class _RegistryAPI:
     async def catalog(self, _: Request) -> Response:
         """Refuse Docker's list of all names, which isn't in distribution-spec."""
         raise RefusedError(404, "UNSUPPORTED", "there is no list: every mix of packages is a name")
+
+    async def upload(self, request: Request) -> Response:
+        """Say that there is no such upload (end-13): none was ever begun."""
+        raise RefusedError(404, "BLOB_UPLOAD_UNKNOWN", "nothing can be pushed, so there is no upload here")
 
     async def unknown(self, request: Request) -> Response:
         """Refuse every other path."""

@@ -157,11 +157,13 @@ def error_response(
 ) -> Response:
     """Return an OCI error body (distribution-spec, "Error Codes").
 
-    The detail is the data of the error, and the id by which the request is found in the log.
+    The detail is the data of the error, as far as it says something, and the id by which the request is found
+    in the log.
     """
     request_id = getattr(request.state, "request_id", None)
     known_by = {"request_id": request_id} if request_id else {}
-    errors = [{"code": code, "message": message, "detail": {**detail, **known_by}}]
+    said = {name: value for name, value in detail.items() if value != ""}
+    errors = [{"code": code, "message": message, "detail": {**said, **known_by}}]
     # json, not msgspec: names and logs may hold bytes that are no UTF-8, and this must never fail.
     body = json.dumps({"errors": errors}, default=str)
     all_headers = {"cache-control": "no-store", **(headers or {})}

@@ -356,8 +356,8 @@ async def test_any_path_gets_an_answer_of_the_api(parts: list[str], method: str)
         ("/v2/git/manifests/latest", "GET, HEAD"),
         (f"/v2/git/blobs/{MISSING}", "GET, HEAD"),
         ("/v2/git/tags/list", "GET, HEAD"),
-        ("/v2/git/blobs/uploads/", ""),
-        ("/v2/git/blobs/uploads/1234-5678", ""),
+        ("/v2/git/blobs/uploads/", "GET, HEAD"),
+        ("/v2/git/blobs/uploads/1234-5678", "GET, HEAD"),
     ],
 )
 async def test_writes_are_not_supported(registry: Registry, method: str, path: str, allowed: str) -> None:
@@ -365,6 +365,14 @@ async def test_writes_are_not_supported(registry: Registry, method: str, path: s
     assert response.status_code == 405
     assert response.headers["allow"] == allowed
     assert oci_error(response)["code"] == "UNSUPPORTED"
+
+
+@pytest.mark.parametrize("session", ["", "1234-5678"])
+async def test_there_is_no_upload(registry: Registry, session: str) -> None:
+    # What Allow names on a 405 is no 405 itself.
+    response = await registry.get(f"/v2/git/blobs/uploads/{session}")
+    assert response.status_code == 404
+    assert oci_error(response)["code"] == "BLOB_UPLOAD_UNKNOWN"
 
 
 # Errors
@@ -514,6 +522,12 @@ async def test_addresses_of_one_network_are_one_client(blobs: BlobStore) -> None
             for path in ("manifests/latest", "tags/list"):
                 await client.get(f"/v2/git/{path}")
     assert {client_name for client_name, _ in images.clients} == {"2001:db8::/64"}
+
+
+async def test_a_blob_that_never_was_has_no_reason(registry: Registry) -> None:
+    response = await registry.get(f"/v2/git/blobs/{MISSING}")
+    assert oci_error(response)["code"] == "BLOB_UNKNOWN"
+    assert oci_error(response)["detail"] == {"digest": str(MISSING)}
 
 
 async def test_a_client_is_whom_a_trusted_proxy_names_and_nobody_else(blobs: BlobStore) -> None:
