@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 Network = IPv4Network | IPv6Network
 
-_HEADER = b"x-forwarded-for"
+FORWARDED_FOR = b"x-forwarded-for"
 _NOTED = "client_address"  # in the state of a request
 
 
@@ -40,17 +40,23 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[Ne
 
 def note(scope: Scope, trusted: Sequence[Network]) -> None:
     """Find out who sent a request, and note it in its state."""
-    address = _peer(scope)
+    address = peer_of(scope)
     # Of most servers nobody is trusted.
     if trusted:
-        forwarded_for = [value.decode("latin-1") for name, value in scope["headers"] if name == _HEADER]
+        forwarded_for = [value.decode("latin-1") for name, value in scope["headers"] if name == FORWARDED_FOR]
         address = client_address(address, forwarded_for, trusted)
     scope.setdefault("state", {})[_NOTED] = address
 
 
 def noted(request: HTTPConnection) -> str:
     """Return the address of the client, as it was noted; without that, whoever has connected."""
-    return str(getattr(request.state, _NOTED, "")) or _peer(request.scope)
+    return str(getattr(request.state, _NOTED, "")) or peer_of(request.scope)
+
+
+def peer_of(scope: Scope) -> str:
+    """Return the address that has connected; empty for a Unix socket."""
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def is_trusted(text: str, trusted: Sequence[Network]) -> bool:
@@ -80,12 +86,6 @@ def _network(text: str, prefix: int) -> str:
     if isinstance(address, IPv6Address):
         return str(ip_network((address, prefix), strict=False))
     return text if address is None else str(address)
-
-
-def _peer(scope: Scope) -> str:
-    """Return the address that has connected; empty for a Unix socket."""
-    client = scope.get("client")
-    return client[0] if client else ""
 
 
 def _parse(text: str) -> IPv4Address | IPv6Address | None:

@@ -8,7 +8,7 @@ send files itself (`http.response.pathsend`). It is on the way of every request,
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
@@ -17,7 +17,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chandlery.access import client_address
-from chandlery.access.client_address import Network
+from chandlery.access.client_address import FORWARDED_FOR, Network, client_network, is_trusted, peer_of
+from chandlery.machine.token_buckets import TokenBuckets
 from chandlery.telemetry.metrics import Metrics
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -25,6 +26,10 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 _ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
 _ID_HEADER = b"x-request-id"
 _LENGTH_HEADER = b"content-length"
+
+# In an hour.
+_PROXIES_TOLD = 10
+_ALL = "all"
 
 
 @dataclass(slots=True)
@@ -39,16 +44,22 @@ class _Sent:
 class RequestLog:
     """Log method, path, status, duration in milliseconds, and bytes of the body; count them in `metrics`.
 
-    The id comes from the request's X-Request-Id, if a proxy has given it one, and goes into the response's.
-    `trusted_proxies` may say who a client is.
+    `trusted_proxies` may say who a client is, and give a request its id, by X-Request-Id; an id goes into the
+    response's. That others say who a client is is logged now and then: one of them may be the server's proxy.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics | None = None, trusted_proxies: Sequence[Network] = ()
+        self,
+        app: ASGIApp,
+        metrics: Metrics | None = None,
+        trusted_proxies: Sequence[Network] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._trusted_proxies = trusted_proxies
         self._metrics = metrics or Metrics()
+        self._told = TokenBuckets(3600.0, clock=clock)
         # Bound once: the logger of a module is made anew for every event.
         self._log = log.bind()
 
@@ -57,9 +68,10 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _id(scope)
+        request_id = self._id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         client_address.note(scope, self._trusted_proxies)
+        self._tell_of_unknown_proxy(scope)
         started = time.perf_counter()
         sent = _Sent()
 
@@ -94,16 +106,28 @@ class RequestLog:
                 request_id=request_id,
             )
 
+    def _id(self, scope: Scope) -> str:
+        """Return the id that a trusted proxy has given a request, if it is one, or a new one."""
+        for name, value in scope["headers"]:
+            if name == _ID_HEADER:
+                given: str = value.decode("latin-1")
+                if _ID.fullmatch(given) and is_trusted(peer_of(scope), self._trusted_proxies):
+                    return given
+                break
+        return token_hex(8)
 
-def _id(scope: Scope) -> str:
-    """Return the id that a request has come with, if it is one, or a new one."""
-    for name, value in scope["headers"]:
-        if name == _ID_HEADER:
-            given: str = value.decode("latin-1")
-            if _ID.fullmatch(given):
-                return given
-            break
-    return token_hex(8)
+    def _tell_of_unknown_proxy(self, scope: Scope) -> None:
+        """Log that somebody who isn't trusted says who its client is: each once an hour, and ten in all."""
+        if all(name != FORWARDED_FOR for name, _ in scope["headers"]):
+            return
+        peer = peer_of(scope)
+        if is_trusted(peer, self._trusted_proxies):
+            return
+        if not self._told.take(client_network(peer), 1) and not self._told.take(_ALL, _PROXIES_TOLD):
+            self._log.warning(
+                "X-Forwarded-For is ignored: who sends it is not in trusted_proxies, which a proxy has to be",
+                sender=peer,
+            )
 
 
 def route_of(scope: Scope) -> str:

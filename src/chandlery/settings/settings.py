@@ -362,6 +362,7 @@ class Settings(BaseModel):
         settings._notices = (
             *_unknown_variables(cls),
             *_notices_of_nixery(settings, nixery),
+            *_notices_of_proxies(settings),
         )
         return settings
 
@@ -421,3 +422,13 @@ def _notices_of_nixery(settings: Settings, nixery: NixeryEnvironment) -> Iterato
         )
     for name in nixery.ignored:
         yield f"Nixery's variable {name} means nothing here"
+
+
+def _notices_of_proxies(settings: Settings) -> Iterator[str]:
+    """Yield a notice if clients have to come through a proxy, and none is trusted to say who they are."""
+    encrypted_elsewhere = settings.public_url.startswith("https:") and not settings.tls_certificate
+    if encrypted_elsewhere and not settings.trusted_proxies:
+        yield (
+            f"clients come to {settings.public_url} through a proxy, and trusted_proxies is empty: all of "
+            "them count as one, for limits and wrong passwords; set trusted_proxies to the proxy's address"
+        )

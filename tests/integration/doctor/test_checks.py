@@ -327,6 +327,12 @@ async def test_notices_of_the_settings_are_warnings(tmp_path: Path, monkeypatch:
     assert found == Outcome("the variable CHANDLERY_COLOUR is no setting", Status.WARNING)
 
 
+async def test_a_proxy_that_is_not_trusted_is_a_warning(tmp_path: Path) -> None:
+    found = await outcome("settings", tmp_path, public_url="https://registry.example.com")
+    assert found.status == Status.WARNING
+    assert "trusted_proxies" in found.text
+
+
 @pytest.mark.parametrize("check", ["nix", "sandbox"])
 @pytest.mark.skipif(Path("/nix/store").exists(), reason="there is a Nix store in /nix")
 async def test_a_machine_without_a_store_is_left_without(tmp_path: Path, check: str) -> None:

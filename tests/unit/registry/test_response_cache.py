@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
+from chandlery.access.client_address import parse_networks
 from chandlery.access.control import AccessControl
 from chandlery.access.public_address import PublicAddress
 from chandlery.access.rules import AccessRules
@@ -234,9 +235,11 @@ async def registry(control: AccessControl | None = None, max_age: float = 0.0) -
         for each, media_type in INDEX_MEDIA_TYPE.items()
     }
     api, metrics = routes(images, AsTheyAre(blobs), HOST, Access(control=control)), Metrics()
-    log = Middleware(RequestLog, metrics=metrics)
+    # Who asks may say which id its request has.
+    proxies = parse_networks(["127.0.0.1"])
+    log = Middleware(RequestLog, metrics=metrics, trusted_proxies=proxies)
     fast = Starlette(routes=api, middleware=[log, Middleware(ResponseCache)])
-    slow = Starlette(routes=api, middleware=[Middleware(RequestLog)])
+    slow = Starlette(routes=api, middleware=[Middleware(RequestLog, trusted_proxies=proxies)])
     names = {
         "manifest": str(manifests[ManifestFormat.OCI].digest),
         "docker": str(manifests[ManifestFormat.DOCKER].digest),

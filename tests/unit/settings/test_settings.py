@@ -280,6 +280,18 @@ def test_a_mistyped_variable_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_a_proxy_that_is_not_trusted_is_noticed(tmp_path: Path) -> None:
+    behind: dict[str, Any] = {"public_url": "https://registry.example.com"}
+    (notice,) = Settings.load(**behind).notices
+    assert "https://registry.example.com" in notice
+    assert "set trusted_proxies to the proxy's address" in notice
+    assert Settings.load(**behind, trusted_proxies=["127.0.0.1"]).notices == ()
+    # Whoever encrypts itself may have no proxy, and without TLS there may be none either.
+    certificate = {"tls_certificate": tmp_path / "pem", "tls_key": tmp_path / "pem"}
+    assert Settings.load(**behind, **certificate).notices == ()
+    assert Settings.load(public_url="http://registry:8080").notices == ()
+
+
 def test_a_service_of_kubernetes_that_is_called_chandlery_harms_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
