@@ -170,8 +170,20 @@ def _megabytes(value: object) -> str:
     return f"{int(str(value)) / 1e6:.1f} MB"
 
 
+def _suite(event: Mapping[str, object]) -> str:
+    return f"{event['suite']} for {event['architecture']}"
+
+
+def _percent(event: Mapping[str, object]) -> str:
+    return f": {event['percent']}% (file {event['file']})" if "percent" in event else ""
+
+
 _EVENTS: Mapping[str, Callable[[Mapping[str, object]], str]] = {
-    "debian index fetched": lambda event: f"fetched the package index of {event['suite']}",
+    "fetching the debian index": lambda event: (
+        f"fetching the package index of {_suite(event)}{_percent(event)}"
+    ),
+    "reading the debian index": lambda event: f"reading the package index of {_suite(event)}",
+    "debian index fetched": lambda event: f"fetched the package index of {_suite(event)}",
     "build queued": lambda event: f"no such image yet: building {event['image']}",
     "resolved": lambda event: f"found its {event['packages']} packages, those that are always in included",
     "realised": lambda event: f"Nix built {event['store_paths']} store paths, {_megabytes(event['bytes'])}",

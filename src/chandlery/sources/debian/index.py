@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,6 +25,7 @@ from chandlery.machine.durable import durably_replace
 from chandlery.machine.locks import holding
 from chandlery.machine.process_pool import ProcessPool
 from chandlery.machine.program import Limits, OutputLimitError, ProgramMissingError, TimeLimitError
+from chandlery.sources.debian.progress import STATUS_OPTION, FetchProgress
 from chandlery.sources.debian.snapshot import DebianSnapshot, parse_packages
 
 log = structlog.get_logger()
@@ -108,7 +109,15 @@ class PinnedIndex:
 class DebianIndex:
     """One suite for one architecture, in a folder of its own."""
 
-    def __init__(self, folder: Path, suite: str, architecture: str, mirrors: DebianMirrors) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        suite: str,
+        architecture: str,
+        mirrors: DebianMirrors,
+        progress: Callable[[str, str], FetchProgress] = FetchProgress,
+    ) -> None:
+        self._progress = progress
         self._folder = folder
         self._suite = suite
         self._architecture = architecture
@@ -180,6 +189,11 @@ class DebianIndex:
         return status.st_ino, status.st_mtime_ns
 
     async def _fetch(self) -> None:
+        progress = self._progress(self._suite, self._architecture)
+        async with progress.told():
+            await self._fetch_and_read(progress)
+
+    async def _fetch_and_read(self, progress: FetchProgress) -> None:
         repositories = await self._repositories()
         apt = self._folder / "apt"
         for needed in ("state/lists/partial", "cache/archives/partial"):
@@ -191,7 +205,9 @@ class DebianIndex:
             "".join(f"deb {option}{each.address} {each.release} {_COMPONENT}\n" for each in repositories)
         )
         try:
-            await self._apt("apt-get", "-c", str(configuration), "update")
+            await self._apt(
+                "apt-get", "-c", str(configuration), "-o", STATUS_OPTION, "update", on_output=progress.heard
+            )
         except SourceUnavailableError as error:
             suite = re.escape(f"{repositories[0].address} {self._suite} Release'")
             if re.search(rf"{suite} (does not have|no longer has) a Release file", error.reason):
@@ -216,6 +232,7 @@ class DebianIndex:
             "" if file is None else await self._apt("/usr/lib/apt/apt-helper", "cat-file", file)
             for file in found
         ]
+        progress.reading()
         # Seconds of pure computation, with half a gigabyte: in a process of its own, which ends with it.
         async with ProcessPool(1) as processes:
             addresses = [each.address for each in repositories]
@@ -270,12 +287,15 @@ class DebianIndex:
                 found.setdefault("main", address)
         return found
 
-    async def _apt(self, *command: str) -> str:
-        """Return what one of apt's programs prints. Raises `SourceUnavailableError` with its complaint."""
+    async def _apt(self, *command: str, on_output: Callable[[bytes], object] | None = None) -> str:
+        """Return what one of apt's programs prints. Raises `SourceUnavailableError` with its complaint.
+
+        What it writes to stderr goes to `on_output` as well, as it comes.
+        """
         source = f"debian!{self._suite}"
         environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
         try:
-            finished = await program.run(command, environment, Limits(_APT_TIMEOUT))
+            finished = await program.run(command, environment, Limits(_APT_TIMEOUT), on_output=on_output)
         except ProgramMissingError as error:
             raise SourceUnavailableError(
                 source, f"{error}: this package set needs Debian's apt on this machine"

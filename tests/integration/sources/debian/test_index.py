@@ -3,10 +3,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from chandlery.errors import SourceUnavailableError
 from chandlery.sources.debian.index import (
@@ -16,6 +19,7 @@ from chandlery.sources.debian.index import (
     keep_snapshot,
     load_aliases,
 )
+from chandlery.sources.debian.progress import FetchProgress
 from chandlery.sources.debian.snapshot import DebianSnapshot, parse_packages
 from tests.support.debian_packages import Deb
 from tests.support.debian_repository import (
@@ -29,6 +33,7 @@ from tests.support.debian_repository import (
 )
 from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
 from tests.support.processes import running
+from tests.support.tasks import all_others_ended, until
 
 PACKAGES_OF_AMD64 = "main/binary-amd64/Packages.xz"
 
@@ -204,6 +209,46 @@ async def test_a_refresh_that_is_cancelled_leaves_no_apt_behind_and_no_lock_held
 
 
 # When it is fetched
+
+
+def told(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was logged, without the same again."""
+    names = [event["event"] for event in events]
+    return [name for number, name in enumerate(names) if names[:number][-1:] != [name]]
+
+
+async def test_a_fetch_that_takes_long_tells_how_far_it_is(
+    tmp_path: Path, repository: DebianRepository
+) -> None:
+    often = partial(FetchProgress, first=0.0, again=0.001)
+    index = DebianIndex(tmp_path / "index", SUITE, "amd64", repository.mirrors, often)
+    with capture_logs() as events:
+        await index.refresh()
+    assert told(events) == ["fetching the debian index", "reading the debian index", "debian index fetched"]
+    assert {(event["suite"], event["architecture"]) for event in events} == {(SUITE, "amd64")}
+    percents = [event["percent"] for event in events if "percent" in event]
+    assert percents
+    assert percents == sorted(percents)
+
+
+async def test_a_mirror_that_says_nothing_is_told_of(tmp_path: Path, repository: DebianRepository) -> None:
+    often = partial(FetchProgress, first=0.0, again=0.001)
+    refresh = DebianIndex(tmp_path / "index", SUITE, "amd64", repository.mirrors, often).refresh()
+    with repository.misbehaving(Fault.HANG, "InRelease"), capture_logs() as events:
+        task = asyncio.create_task(refresh)
+        await until(lambda: any("file" in event for event in events))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        # Nothing goes on telling of it.
+        await all_others_ended()
+    assert told(events) == ["fetching the debian index"]
+
+
+async def test_a_fetch_that_is_quick_says_so_once(tmp_path: Path, repository: DebianRepository) -> None:
+    seldom = partial(FetchProgress, first=1e6)
+    with capture_logs() as events:
+        await DebianIndex(tmp_path / "index", SUITE, "amd64", repository.mirrors, seldom).refresh()
+    assert told(events) == ["debian index fetched"]
 
 
 async def test_two_refreshes_at_once_fetch_once(
