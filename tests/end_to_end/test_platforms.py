@@ -45,6 +45,23 @@ def test_containerd_gets_the_platform_that_it_asks_for(containerd: Containerd, i
     assert containerd.run(image, "jq", "--version").startswith("jq-")
 
 
+@pytest.mark.parametrize("platform", ["linux/arm64", "linux/arm64/v8"])
+def test_every_client_finds_arm64_by_its_variant_too(
+    docker: Docker, containerd: Containerd, podman: Podman, skopeo: Skopeo, image: str, platform: str
+) -> None:
+    # The index has no variant (decision 16).
+    entries = [each["platform"] for each in json.loads(skopeo.manifest(image))["manifests"]]
+    assert {"architecture": "arm64", "os": "linux"} in entries
+    assert json.loads(skopeo.config_of(image, platform))["architecture"] == "arm64"
+    podman.pull(image, platform=platform)
+    assert podman.inspect(image)["Architecture"] == "arm64"
+    docker.pull(image, platform=platform)
+    assert docker.inspect(image)["Architecture"] == "arm64"
+    containerd.pull(image, platform=platform)
+    with containerd.mounted(image, platform) as root:
+        assert machine_of(root / "usr/bin/jq") == _ELF_MACHINE["arm64"]
+
+
 def test_podman_gets_the_platform_of_its_machine(podman: Podman, image: str) -> None:
     podman.pull(image)
     assert podman.inspect(image)["Architecture"] == HOST

@@ -149,8 +149,8 @@ class Docker:
                 daemon.wait_until(lambda: client._docker.works("version"))
                 yield client
 
-    def pull(self, image: str) -> str:
-        return self._docker("pull", image)
+    def pull(self, image: str, platform: str | None = None) -> str:
+        return self._docker("pull", *_platform(platform), image)
 
     @contextmanager
     def logged_in(self, registry: str, credentials: str) -> Iterator[None]:
@@ -220,7 +220,7 @@ class Containerd:
     ) -> str:
         options = [
             *(("--plain-http",) if plain_http else ("--hosts-dir", self._https(image.partition("/")[0]))),
-            *(("--platform", platform) if platform else ()),
+            *_platform(platform),
             *(("--user", credentials) if credentials else ()),
         ]
         return self._ctr("images", "pull", *options, image)
@@ -272,9 +272,9 @@ class Podman:
         with _state_folder() as folder:
             yield cls(folder)
 
-    def pull(self, image: str, credentials: str | None = None) -> str:
+    def pull(self, image: str, credentials: str | None = None, platform: str | None = None) -> str:
         options = ("--creds", credentials) if credentials else ()
-        return self._podman("pull", "--tls-verify=false", *options, image)
+        return self._podman("pull", "--tls-verify=false", *options, *_platform(platform), image)
 
     def remove(self, image: str) -> str:
         return self._podman("image", "rm", image)
@@ -321,6 +321,14 @@ class Skopeo:
         """Return the manifest as it was served."""
         return self._skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{image}")
 
+    def config_of(self, image: str, platform: str) -> str:
+        """Return the config of an index's image for a platform: `linux/arm64/v8`."""
+        chosen = zip(("os", "arch", "variant"), platform.split("/"), strict=False)
+        options = [f"--override-{name}={value}" for name, value in chosen]
+        return self._skopeo(
+            *options, "inspect", "--config", "--raw", "--tls-verify=false", f"docker://{image}"
+        )
+
     def config(self, image: str) -> str:
         """Return the image's config as it was served."""
         return self._skopeo("inspect", "--config", "--raw", "--tls-verify=false", f"docker://{image}")
@@ -328,6 +336,10 @@ class Skopeo:
     def list_tags(self, repository: str) -> list[str]:
         listed = json.loads(self._skopeo("list-tags", "--tls-verify=false", f"docker://{repository}"))
         return list(listed["Tags"])
+
+
+def _platform(platform: str | None) -> Sequence[str]:
+    return ("--platform", platform) if platform else ()
 
 
 @contextmanager

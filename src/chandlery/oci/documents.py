@@ -207,7 +207,8 @@ def image_manifest(
 def image_index(manifest_format: ManifestFormat, manifests: Sequence[tuple[Platform, Descriptor]]) -> bytes:
     """Return an index of one image for several platforms.
 
-    It is that of image-spec (image-index.md), or Docker's manifest list.
+    It is that of image-spec (image-index.md), or Docker's manifest list; arm64 has no variant
+    (docs/decisions/0016-arm64-has-no-variant.md).
     """
     return canonical_json(
         {
