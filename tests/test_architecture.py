@@ -39,7 +39,7 @@ PURE = (
     *("plan", "image", "errors", "access.rules", "access.authorization", "layers.alternatives"),
     *("nix.closure", "nix.closure_json", "nix.pinned_source", "oci.digest", "oci.documents"),
     *("registry.negotiation", "registry.ranges", "settings.values", "sources.git.address"),
-    "storage.byte_range",
+    *("storage.byte_range", "builds.limits"),
 )
 IMPURE = {
     *("anyio", "asyncio", "httpx", "io", "multiprocessing", "os", "pathlib", "shutil", "socket", "sqlite3"),

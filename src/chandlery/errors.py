@@ -49,10 +49,18 @@ ChandleryError
 ├── StorePathContentError       a file below nix-support that can't be understood
 └── StorageError                the data folder, or the bucket, can't be read or written
     └── StorageFullError        no space left
+        └── LowDiskError        less is left than the operator keeps free
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+
+def in_bytes(size: int) -> str:
+    """Return a size as people read it: 1,234 B, 5.6 MB, 7.8 GB."""
+    if size < 1_000_000:
+        return f"{size:,} B"
+    return f"{size / 1e9:,.2f} GB" if size >= 1_000_000_000 else f"{size / 1e6:,.1f} MB"
 
 
 class ChandleryError(Exception):
@@ -328,14 +336,18 @@ class DownloadError(BuildError):
 
 
 class BuildTooLargeError(ChandleryError):
-    """An image is larger than the limit on this server; `what` is counted, `size` of it were asked for."""
+    """An image is larger than the limit on this server, or its build is.
 
-    def __init__(self, image: str, what: str, size: int, limit: int) -> None:
-        super().__init__(f"{image} has {size} {what}, and the limit on this server is {limit}")
+    `reason` says in words what was counted: `size` of it were asked for, and `setting` allows `limit`.
+    """
+
+    def __init__(self, image: str, reason: str, size: int, limit: int, setting: str) -> None:
+        super().__init__(f"{image} {reason}: ask for less, or let the operator raise {setting}")
         self.image = image
-        self.what = what
+        self.reason = reason
         self.size = size
         self.limit = limit
+        self.setting = setting
 
 
 class TryAgainError(ChandleryError):
@@ -486,3 +498,22 @@ class StorageFullError(StorageError):
     def __init__(self, path: str) -> None:
         super().__init__(f"no space left on the device that holds {path}: free some and pull again")
         self.path = path
+
+
+class LowDiskError(StorageFullError):
+    """Where the data folder is, `free` bytes are left, and the operator keeps `least` of them.
+
+    `needed` is what the image would take of them, if that is known.
+    """
+
+    def __init__(self, path: str, free: int, least: int, needed: int = 0) -> None:
+        what = f"the image needs {in_bytes(needed)} of what is free" if needed else "too little is left"
+        StorageError.__init__(
+            self,
+            f"{what} on the device that holds {path}: {in_bytes(free)}, of which min_free_disk keeps "
+            f"{in_bytes(least)}: free some, set disk_limit or lower min_free_disk, and pull again",
+        )
+        self.path = path
+        self.free = free
+        self.least = least
+        self.needed = needed

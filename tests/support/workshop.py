@@ -38,8 +38,8 @@ NAME_PREFIXES = NamePrefixes(HOST)
 class WatchedNix(Nix):
     """Nix, and what it was asked to evaluate and to build."""
 
-    def __init__(self, folder: Path, limits: NixLimits) -> None:
-        super().__init__(folder, limits, NixOptions(substituters=(), host_paths=tuple(host_paths())))
+    def __init__(self, folder: Path, limits: NixLimits, options: NixOptions) -> None:
+        super().__init__(folder, limits, options)
         self.realised: list[Sequence[str]] = []
         self.evaluated: list[str] = []
         self.running = 0
@@ -145,13 +145,15 @@ async def opened(
     options: BuildOptions | None = None,
     capacity: BuildCapacity | None = None,
     limits: NixLimits | None = None,
+    nix_options: NixOptions | None = None,
     blobs_folder: Path | None = None,
     source: PackageSource | None = None,
     popularity: Popularity | None = None,
 ) -> AsyncIterator[Workshop]:
     source = source or parse(SOURCE, folder, DebianMirrors("", "", ""))
     gates = Gates(folder / "gates", folder)
-    nix = WatchedNix(folder / "nix", limits or NixLimits())
+    nix_options = nix_options or NixOptions(substituters=(), host_paths=tuple(host_paths()))
+    nix = WatchedNix(folder / "nix", limits or NixLimits(), nix_options)
     options, capacity = options or BuildOptions(), capacity or BuildCapacity()
     with (
         WatchedBlobs(blobs_folder or folder) as blobs,

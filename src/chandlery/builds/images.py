@@ -21,12 +21,14 @@ from chandlery.access.rules import EVERYTHING, Permission
 from chandlery.builds.build_queue import TAKEN_OVER, BuildQueue, QueueLimits
 from chandlery.builds.evaluations import Evaluations
 from chandlery.builds.known_images import KnownImages
+from chandlery.builds.limits import BuildLimits
 from chandlery.builds.permissions import Permissions, told_to
-from chandlery.builds.pipeline import BuildLimits, Pipeline
+from chandlery.builds.pipeline import Pipeline
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import BuildOptions, Recipe
 from chandlery.builds.resolver import PackageResolver
 from chandlery.builds.stores import Stores
+from chandlery.builds.wanted_collection import WantedCollection
 from chandlery.errors import (
     BuildError,
     BuildPendingError,
@@ -34,6 +36,7 @@ from chandlery.errors import (
     ChandleryError,
     DownloadError,
     EvaluationError,
+    LowDiskError,
     NotFoundError,
     PinPendingError,
     PullDeniedError,
@@ -41,6 +44,7 @@ from chandlery.errors import (
 )
 from chandlery.image.name import LATEST, ImageRequest
 from chandlery.machine.deadline import NO_DEADLINE, Deadline
+from chandlery.machine.free_disk import free_bytes
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
@@ -146,6 +150,7 @@ class Images:
         self._stores = stores
         self._options = options
         self._limits = capacity.build
+        self._collection = WantedCollection(stores.folder)
         self._tables = PopularityTables(stores.folder)
         self._popularity = self._tables.keep(popularity) if popularity else ""
         self._resolver = PackageResolver(stores.nix, stores.index, self._metrics)
@@ -413,7 +418,7 @@ class Images:
         self, recipe: Recipe, client: str, deadline: Deadline, permission: Permission
     ) -> BuiltImage:
         """Have an image built; how that fails is told to a client only if it may have the image."""
-        self._limits.check_request(recipe.request, self._stores.folder)
+        self._check(recipe.request)
         while True:
             try:
                 return await self.queue.wait(recipe, client, deadline, permission)
@@ -432,6 +437,16 @@ class Images:
         if noted not in self._noted_tags:
             await self._stores.index.remember_tag(recipe)
             self._noted_tags[noted] = True
+
+    def _check(self, request: ImageRequest) -> None:
+        """Raise `BuildTooLargeError` or `LowDiskError` if a build shouldn't begin."""
+        folder = self._stores.folder
+        self._limits.check_packages(request.name, len(request.packages))
+        try:
+            self._limits.check_free(str(folder), free_bytes(folder))
+        except LowDiskError:
+            self._collection.want()
+            raise
 
 
 def _left_out(failure: _PlatformFailure) -> str:

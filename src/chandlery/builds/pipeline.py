@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,24 +19,28 @@ import structlog
 
 from chandlery.builds import description
 from chandlery.builds.build import Build
+from chandlery.builds.growth_watch import GrowthWatch
 from chandlery.builds.job import Job
 from chandlery.builds.known_images import KnownImages
 from chandlery.builds.layer_packer import LayerPacker
+from chandlery.builds.limits import BuildLimits, certain_size
 from chandlery.builds.permissions import Permissions
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import Recipe
 from chandlery.builds.resolver import PackageResolver
-from chandlery.builds.speculative_packing import NixProgress, SpeculativePacking
+from chandlery.builds.speculative_packing import NixProgress, SpeculativePacking, bytes_there
 from chandlery.builds.stores import Stores
+from chandlery.builds.wanted_collection import WantedCollection
 from chandlery.errors import BuildTooLargeError, RevisionGoneError, StorageFullError
 from chandlery.image.name import ImageRequest
 from chandlery.layers.main_program import main_package
 from chandlery.layers.root_layer import RootLayer, pack_changed_root_layer, pack_root_layer
+from chandlery.machine.free_disk import free_bytes, stopped_by
 from chandlery.machine.process_pool import ProcessPool
 from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.nix.closure import Closure, StorePath
 from chandlery.nix.nix import Resolution
-from chandlery.nix.output import DerivationMissingError
+from chandlery.nix.output import DerivationMissingError, FetchPlan
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import (
     MANIFEST_MEDIA_TYPE,
@@ -50,6 +53,7 @@ from chandlery.oci.documents import (
 )
 from chandlery.plan.layer_group import LayerGroup
 from chandlery.plan.strategies import STRATEGIES
+from chandlery.sources.kinds import estimated_size
 from chandlery.telemetry.build_timings import Work
 from chandlery.telemetry.metrics import Metrics
 
@@ -62,27 +66,6 @@ MOST_STORE_PATH_LAYERS = 94
 _ATTEMPTS = 4
 
 Plan = Callable[[Closure], Sequence[LayerGroup]]
-
-
-@dataclass(frozen=True, slots=True)
-class BuildLimits:
-    """How much one build may take: packages asked for, bytes of its closure, bytes of disk left free."""
-
-    packages: int = 100
-    closure_size: int = 20 << 30
-    free_disk: int = 1 << 30
-
-    def check_request(self, request: ImageRequest, folder: Path) -> None:
-        """Raise `BuildTooLargeError` or `StorageFullError` if a build shouldn't begin."""
-        if len(request.packages) > self.packages:
-            raise BuildTooLargeError(request.name, "packages", len(request.packages), self.packages)
-        if shutil.disk_usage(folder).free < self.free_disk:
-            raise StorageFullError(str(folder))
-
-    def check_closure(self, image: str, closure: Closure) -> None:
-        """Raise `BuildTooLargeError` if a closure shouldn't become an image."""
-        if closure.nar_size > self.closure_size:
-            raise BuildTooLargeError(image, "bytes in its closure", closure.nar_size, self.closure_size)
 
 
 class Pipeline:
@@ -108,6 +91,8 @@ class Pipeline:
         self._permissions = permissions
         self._tables = tables
         self._limits = limits
+        self._growth = GrowthWatch(limits)
+        self._collection = WantedCollection(stores.folder)
         self._pool = ProcessPool(processes)
         self._packer = LayerPacker(stores, known, self._pool, metrics)
         self._exit = AsyncExitStack()
@@ -128,12 +113,17 @@ class Pipeline:
         Raises any `ChandleryError`.
         """
         before = await self._stores.index.use_image(build.key)
-        async with self._protected(build) as job:
-            image = await self._make(job)
-            if before is not None:
-                _check_is_the_same(before, image, build)
-            # Only then does the lease end: from now on it is the index that keeps the blobs.
-            await self._stores.index.remember_image(build.recipe, image)
+        try:
+            async with self._protected(build) as job:
+                image = await self._make(job)
+                if before is not None:
+                    _check_is_the_same(before, image, build)
+                # Only then does the lease end: from now on it is the index that keeps the blobs.
+                await self._stores.index.remember_image(build.recipe, image)
+        except (BuildTooLargeError, StorageFullError):
+            # Nothing protects any more what it has left in Nix's store.
+            self._collection.want()
+            raise
         log.info(
             "build finished",
             build=build.id,
@@ -168,7 +158,7 @@ class Pipeline:
                 bytes=closure.nar_size,
                 early_layers=early.begun,
             )
-            self._limits.check_closure(recipe.request.name, closure)
+            self._limits.check_closure(recipe.request.name, closure.nar_size)
             job.build.step("pack")
             groups = await asyncio.to_thread(plan, closure)
             known = await self._packer.known(job, groups)
@@ -243,8 +233,43 @@ class Pipeline:
             "derivations": msgspec.json.encode(described).decode(),
         }
         together = await nix.instantiate("together.nix", arguments, job.roots)
-        async with early.watching(NixProgress(nix, tuple(resolutions.values()), own)):
-            await nix.realise([together], job.roots, job.build.log_file, own=own, timings=job.build.timings)
+        image, progress = job.recipe.request.name, NixProgress(nix, tuple(resolutions.values()), own)
+        since = await nix.newest()
+        await self._check_estimate(job, resolutions, progress)
+        async with (
+            nix.scratch() as scratch,
+            early.watching(progress),
+            stopped_by(self._growth.watch(image, nix, together, since, scratch, progress)),
+        ):
+            await nix.realise(
+                [together],
+                job.roots,
+                job.build.log_file,
+                own=own,
+                timings=job.build.timings,
+                on_plan=lambda plan: self._check_plan(job, plan),
+                scratch=scratch,
+            )
+
+    async def _check_estimate(
+        self, job: Job, resolutions: Mapping[str, Resolution], progress: NixProgress
+    ) -> None:
+        """Refuse an image that is certain to be too large, where the package set estimates its size."""
+        names = {each.pname for each in resolutions.values()}
+        estimated = await asyncio.to_thread(estimated_size, job.recipe.pin, names)
+        if estimated is None:
+            return
+        self._limits.check_estimate(job.recipe.request.name, estimated)
+        self._check_free(job, max(0, certain_size(estimated) - await bytes_there(progress)))
+
+    def _check_plan(self, job: Job, plan: FetchPlan) -> None:
+        """Refuse an image before its packages are fetched from binary caches."""
+        self._limits.check_plan(job.recipe.request.name, plan)
+        self._check_free(job, plan.unpacked)
+
+    def _check_free(self, job: Job, needed: int) -> None:
+        folder = job.nix.store_root
+        self._limits.check_free(str(folder), free_bytes(folder), needed)
 
     async def _root_layer(
         self,

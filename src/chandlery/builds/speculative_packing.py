@@ -42,6 +42,15 @@ class Progress(Protocol):
         ...
 
 
+async def bytes_there(progress: Progress) -> int:
+    """Return the bytes that are there already and will be in the image; 0 if unknown."""
+    found = await progress.look()
+    if found is None:
+        return 0
+    closure, there = found
+    return sum(node.nar_size for node in closure.nodes if node.path in there)
+
+
 @dataclass(frozen=True, slots=True)
 class NixProgress:
     """What Nix has made of some packages; see `Progress`.

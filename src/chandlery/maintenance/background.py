@@ -41,7 +41,7 @@ async def maintained(settings: Settings, stores: Stores, images: Images) -> Asyn
     if since is not None and blobs.on_this_disk:
         in_doubt = await written_since(blobs, since)
         log.warning("the last server was killed: its blobs are checked", blobs=len(in_doubt))
-    limits = DiskLimits(settings.disk_limit, settings.gc_grace)
+    limits = DiskLimits(settings.disk_limit, settings.gc_grace, settings.min_free_disk)
     collector = GarbageCollector(stores, limits)
     async with stores.leases.lease() as lease:
         repaired = RepairedBlobs(stores, images, lease, in_doubt)

@@ -15,6 +15,10 @@ name or by digest. An image is forgotten before its blobs are deleted; a crash i
 nobody needs. How a blob is kept that somebody has just begun to count on is told in `leases`.
 
 Blobs that aren't on this disk, but in a bucket, don't count and stay: then only Nix's store is collected.
+
+It looks for garbage once in a while, and at once when a build wants it (`builds.wanted_collection`), or
+when the disk has lost a part of the limit since, whoever has written it. Where less is free than builds need,
+what nothing needs in Nix's store goes even without a limit: nothing new could be built otherwise.
 """
 
 import asyncio
@@ -27,7 +31,9 @@ import structlog
 
 from chandlery.builds.index import CollectorRecords, RecordedImage
 from chandlery.builds.stores import Stores
+from chandlery.builds.wanted_collection import WantedCollection
 from chandlery.errors import ChandleryError
+from chandlery.machine.free_disk import free_bytes
 from chandlery.nix.nix import Nix
 from chandlery.oci.digest import Digest
 from chandlery.storage.blob_store import BlobInfo
@@ -38,6 +44,15 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 _TARGET = 0.9
 _NIX_SHARE = 0.25
 _FAR_TOO_MUCH = 2.0
+# What the disk may lose of it until it is looked again.
+_STEP = 0.05
+# Of what builds need free, what is aimed at.
+_FREE_TARGET = 1.25
+
+# Seconds between looks whether a collection is due. From one to the next it takes so many times longer than a
+# collection took, since builds that begin wait for it.
+_POLL = 1.0
+_PAUSE = 10.0
 
 # Of the grace time, when far too much is taken.
 _SHORT_GRACE = 0.1
@@ -56,11 +71,12 @@ _BATCH = 64
 class DiskLimits:
     """How much blobs on this disk and Chandlery's own Nix store may take, in bytes, or 0 for no limit.
 
-    An image that was used in the last `grace` seconds stays.
+    An image that was used in the last `grace` seconds stays. With fewer `free` bytes nothing is built.
     """
 
     size: int = 0
     grace: float = 3600.0
+    free: int = 0
 
 
 def use_interval(grace: float) -> float:
@@ -98,15 +114,43 @@ class GarbageCollector:
         self._blobs, self._leases, self._nix = stores.blobs, stores.leases, stores.nix
         self._index: CollectorRecords = stores.index
         self._limits = limits
+        self._folder = stores.folder
+        self._wanted = WantedCollection(stores.folder)
 
     async def run(self, interval: float) -> None:
-        """Collect once in `interval` seconds, for ever."""
+        """Collect once in `interval` seconds, and when it is wanted or due, for ever."""
         while True:
+            began = time.monotonic()
             try:
-                await (self.collect() if self._limits.size else self.sweep())
+                await self.keep_limits()
             except ChandleryError as error:
                 log.warning("garbage can't be collected", reason=str(error))
-            await asyncio.sleep(interval)
+            await self._wait(interval, _PAUSE * (time.monotonic() - began))
+
+    async def keep_limits(self) -> None:
+        """Collect what has to go now, and what builds have left that somebody stopped."""
+        if self._wanted.take():
+            for nix in self._nix_stores:
+                await nix.remove_left_sandboxes()
+        await (self.collect() if self._limits.size else self.sweep())
+        await self._make_room()
+
+    async def _wait(self, interval: float, pause: float) -> None:
+        """Wait `interval` seconds, or until a collection is due, if a `pause` has passed by then."""
+        free, begin = free_bytes(self._folder), time.monotonic()
+        while (passed := time.monotonic() - begin) < interval:
+            lost = free - free_bytes(self._folder)
+            is_due = self._wanted.is_wanted or (self._limits.size and lost > _STEP * self._limits.size)
+            if passed >= pause and is_due:
+                return
+            await asyncio.sleep(min(_POLL, interval - passed))
+
+    async def _make_room(self) -> None:
+        """Remove what nothing needs from Nix's stores, if less is free than builds need."""
+        before = free_bytes(self._folder)
+        if before < self._limits.free:
+            await self._collect_nix_stores(int(_FREE_TARGET * self._limits.free) - before)
+            log.info("room was made for builds", free_before=before, free=free_bytes(self._folder))
 
     async def collect(self, *, dry_run: bool = False) -> Collected:
         """Remove what dead processes left, and what has to go for the limit; or only tell what would go."""

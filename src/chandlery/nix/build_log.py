@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +30,20 @@ _LONGEST_LINE = 8192
 class BuildLog:
     """Appends to a file, which gets the `first` and the `last` bytes of what is said; enter it to open it.
 
-    `on_work` is that of `NixLog`, in seconds of `time.monotonic`.
+    `on_work` is that of `NixLog`, in seconds of `time.monotonic`. `on_line` gets what Nix says by lines.
     """
 
     def __init__(
-        self, file: Path, on_work: OnWork = lambda *_: None, first: int = _FIRST, last: int = _LAST
+        self,
+        file: Path,
+        on_work: OnWork = lambda *_: None,
+        on_line: Callable[[bytes], object] = lambda _: None,
+        first: int = _FIRST,
+        last: int = _LAST,
     ) -> None:
-        self._nix_log = NixLog(self.add, on_work, time.monotonic)
+        self._nix_log = NixLog(self._hear, on_work, time.monotonic)
         self._path = file
+        self._on_line = on_line
         self._first = first
         self._last = last
         self._lock = threading.Lock()  # of the file
@@ -55,6 +61,7 @@ class BuildLog:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._on_line = lambda _: None
         self._nix_log.end()
         tail = b"".join(_last_of(self._tail, self._left_out))
         if self._left_out > len(tail):
@@ -88,6 +95,10 @@ class BuildLog:
     def last_words(self) -> str:
         """Return the last lines, of at most as many bytes as the log has at its end; long lines are cut."""
         return b"".join(map(_shortened, self._tail)).decode(errors="replace")
+
+    def _hear(self, line: bytes) -> None:
+        self.add(line)
+        self._on_line(line)
 
     def _append(self, text: bytes) -> None:
         self._pending.append(text)

@@ -33,7 +33,8 @@ class NixLimits:
     """How much Nix may do at once, for how many seconds, and the bytes that an evaluation may take.
 
     `begun_after` is for `nix.store_lock`, `builder_timeout` for one derivation. An `evaluation_memory` of 0
-    is no limit, and so is a `builder_timeout`.
+    is no limit, and so is a `builder_timeout`. What evaluates, fetches or builds is stopped when fewer than
+    `free_disk` bytes are left where the store is.
     """
 
     build_timeout: float = 3600.0
@@ -42,6 +43,7 @@ class NixLimits:
     begun_after: float = 30.0
     evaluation_memory: int = 8 << 30
     builder_timeout: int = 0
+    free_disk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,11 @@ class NixConfiguration:
     limits: NixLimits
     options: NixOptions
     files: Path
+
+    @property
+    def temporary_folder(self) -> Path:
+        """Where Nix makes the folders that builders work in."""
+        return Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
 
     def environment(self, purpose: Purpose) -> dict[str, str]:
         """Return the environment of a call."""

@@ -10,6 +10,7 @@ another one, or one that can't be read, `DatabaseUnreadableError` says to ask Ni
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -38,10 +39,31 @@ FROM needed JOIN DerivationOutputs ON DerivationOutputs.drv = needed.id
 LEFT JOIN ValidPaths ON ValidPaths.path = DerivationOutputs.path
 WHERE EXISTS (SELECT 1 FROM Refs WHERE referrer = needed.id)
 """  # noqa: S608
+# All outputs, also of what fetches something.
+_OUTPUTS = f"""
+{_NEEDED} SELECT made_by.path, DerivationOutputs.path, made.id, made.narSize
+FROM needed JOIN DerivationOutputs ON DerivationOutputs.drv = needed.id
+JOIN ValidPaths AS made_by ON made_by.id = needed.id
+LEFT JOIN ValidPaths AS made ON made.path = DerivationOutputs.path
+"""  # noqa: S608
+# A number is never given twice (AUTOINCREMENT).
+_NEWEST = "SELECT max(id) FROM ValidPaths"
 
 
 class DatabaseUnreadableError(Exception):
     """Nix has to be asked; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Additions:
+    """What derivations, and those that they need, have added to a store.
+
+    `registered` are the bytes of what Nix has registered as whole; `unfinished` are derivations, and outputs
+    of theirs that aren't there.
+    """
+
+    registered: int
+    unfinished: tuple[tuple[StorePath, StorePath], ...]
 
 
 class NixDatabase:
@@ -98,6 +120,24 @@ class NixDatabase:
             ),
         )
         return closure, frozenset(StorePath.parse(path) for _, path, size in made if size is not None)
+
+    def newest(self) -> int:
+        """Return the number of what was registered last; whatever comes later has a higher one."""
+        with self._opened() as database:
+            return database.execute(_NEWEST).fetchone()[0] or 0
+
+    def added(self, derivations: Iterable[str], since: int) -> Additions:
+        """Return what derivations, and those that they need, have added `since` a number of `newest`."""
+        with self._opened() as database:
+            outputs = database.execute(_OUTPUTS, (_json(derivations),)).fetchall()
+        return Additions(
+            sum(size or 0 for _, _, number, size in outputs if number is not None and number > since),
+            tuple(
+                (StorePath.parse(derivation), StorePath.parse(output))
+                for derivation, output, number, _ in outputs
+                if number is None and output
+            ),
+        )
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:

@@ -20,6 +20,7 @@ from chandlery.errors import (
     EvaluationMemoryError,
     EvaluationTimeoutError,
     NotAPackageError,
+    StorageFullError,
 )
 from chandlery.image.name import paths_within
 from chandlery.nix.closure import StorePath
@@ -202,8 +203,11 @@ class Evaluator:
         timeout = _PATIENCE_WITH_REASONS * self.limit
 
         async def explain(path: str) -> None:
-            async with turns:
-                said = await self.evaluate(packages, "explain.nix", {"attributePath": path}, timeout)
+            try:
+                async with turns:
+                    said = await self.evaluate(packages, "explain.nix", {"attributePath": path}, timeout)
+            except StorageFullError:
+                return  # the answer is known, but for its reason
             if isinstance(said, Resolution) and not said.is_limit:
                 # The error counts more than what the package says of itself: it may be another's.
                 general = said.status == EvaluationFailedError.reason

@@ -7,9 +7,11 @@ can read nothing but itself, and with limits of time and memory (see `nix.evalua
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,6 +26,7 @@ from chandlery.errors import (
     StorageFullError,
 )
 from chandlery.machine.disk_errors import is_full, storage_errors
+from chandlery.machine.free_disk import stopped_by, watch_free_disk
 from chandlery.machine.program import Limits
 from chandlery.nix.build_log import BuildLog
 from chandlery.nix.closure import Closure, ClosureNode, StorePath
@@ -32,6 +35,8 @@ from chandlery.nix.database import DatabaseUnreadableError, NixDatabase
 from chandlery.nix.evaluation import EXPRESSIONS, Evaluator, PackageSet, Resolution, failed
 from chandlery.nix.output import (
     DerivationMissingError,
+    FetchPlan,
+    FetchPlans,
     LockedFlake,
     archived_sources,
     build_error,
@@ -49,6 +54,7 @@ from chandlery.nix.pinned_source import PinnedSource
 from chandlery.nix.process import Result, StoppedError, run
 from chandlery.nix.read_only import read_only
 from chandlery.nix.store_lock import Reader, StoreLock
+from chandlery.nix.unfinished import left_sandboxes, unfinished_bytes
 from chandlery.telemetry.build_timings import Timings
 
 __all__ = ["EXPRESSIONS", "LockedFlake", "Nix", "NixLimits", "NixOptions", "Resolution"]
@@ -203,13 +209,16 @@ class Nix:
         *,
         own: bool = True,
         timings: Timings | None = None,
+        on_plan: Callable[[FetchPlan], object] = lambda _: None,
+        scratch: Path | None = None,
     ) -> None:
         """Build what isn't there, and protect it from Nix's garbage collector by links in `roots`.
 
         A derivation may be followed by `!` and the output that is wanted, else all of them are. What isn't
         of Chandlery's `own` expressions sees nothing of this machine but what the options say, and binary
         caches are asked for it first. What Nix says goes to the file `build_log` (see `nix.build_log`), and
-        how long it fetched and built to `timings`.
+        how long it fetched and built to `timings`. `on_plan` is told what Nix is about to fetch from binary
+        caches; what it raises stops Nix. Builders have their own folders in `scratch`; see there.
         Raises `BuildError`, `BuildTimeoutError` when the limit is reached, `DerivationMissingError`.
         """
         roots.mkdir(parents=True, exist_ok=True)
@@ -218,7 +227,7 @@ class Nix:
             *("--log-format", "internal-json"),
         )
         timings = timings or Timings()
-        async with BuildLog(build_log, timings.add) as said:
+        async with BuildLog(build_log, timings.add, FetchPlans(on_plan)) as said:
             try:
                 result = await self._run(
                     *command,
@@ -226,6 +235,7 @@ class Nix:
                     timeout=self._limits.build_timeout,
                     on_output=said.feed,
                     check=False,
+                    scratch=scratch,
                 )
             except StoppedError as error:
                 what = ", ".join(package_name(path) for path in derivations)
@@ -297,6 +307,37 @@ class Nix:
         """
         return await self._ask_database(lambda database: database.made_by(derivations))
 
+    async def newest(self) -> int:
+        """Return the number of what was registered last in the store; 0 where only Nix itself can tell."""
+        return await self._ask_database(lambda database: database.newest()) or 0
+
+    async def added(self, derivations: Sequence[str], since: int, scratch: Path) -> int:
+        """Return the bytes that derivations, and those that they need, have added since a `newest`.
+
+        What they are writing counts, and what is in their `scratch`. It is 0 where only Nix itself can tell.
+        """
+        found = await self._ask_database(lambda database: database.added(derivations, since))
+        if found is None:
+            return 0
+        return found.registered + await asyncio.to_thread(
+            unfinished_bytes, self.store_root, scratch, found.unfinished
+        )
+
+    @asynccontextmanager
+    async def scratch(self) -> AsyncIterator[Path]:
+        """Make a folder for the folders that builders work in; whatever they leave there goes with it.
+
+        Nix removes them itself, unless it is killed. Of its own accord it makes them side by side, with names
+        that don't say whose they are.
+        """
+        folder = self._configuration.temporary_folder
+        with storage_errors(folder):
+            made = Path(mkdtemp(prefix="chandlery-", dir=folder))
+        try:
+            yield made
+        finally:
+            await asyncio.to_thread(shutil.rmtree, made, ignore_errors=True)
+
     async def _ask_database(self, ask: Callable[[NixDatabase], T]) -> T | None:
         """Read the database of Chandlery's own store; None if there is none that can be read."""
         if self._database is None:
@@ -352,6 +393,16 @@ class Nix:
         async with self._lock.collecting():
             await self._run("nix-store", "--gc", "--max-freed", limit, timeout=self._limits.build_timeout)
 
+    async def remove_left_sandboxes(self) -> None:
+        """Remove what builders were writing that were killed; Nix says of which it is certain."""
+        if not self.owns_store:
+            return
+        for name in await asyncio.to_thread(left_sandboxes, self.store_root):
+            # One after the other: of several, Nix removes none after one that is in use.
+            await self._run(
+                "nix-store", "--delete", f"/nix/store/{name}", timeout=self._limits.build_timeout, check=False
+            )
+
     def beginning(self) -> AbstractAsyncContextManager[Reader]:
         """Keep `collect_garbage` away while a build looks what is there, and begins; see `nix.store_lock`."""
         return self._lock.beginning() if self._lock else nullcontext(Reader())
@@ -405,19 +456,29 @@ class Nix:
         memory: int = 0,
         on_output: Callable[[bytes], object] | None = None,
         check: bool = True,
+        scratch: Path | None = None,
     ) -> Result:
         """Run one of Nix's programs; after `timeout` seconds it is stopped, and `StoppedError` raised."""
         environment = self._configuration.environment(purpose)
+        if scratch is not None:
+            environment["TMPDIR"] = str(scratch)
         before = await self._before_commands()
-        result = await run(
-            (program, *arguments), environment, Limits(timeout, memory=memory), on_output, before
-        )
+        async with self._stopped_by_low_disk(purpose):
+            result = await run(
+                (program, *arguments), environment, Limits(timeout, memory=memory), on_output, before
+            )
         if result.code != 0 and self._is_full(result.stderr):
             raise StorageFullError(str(self.store_root))
         if check and result.code != 0:
             kind = DerivationMissingError if says_derivation_missing(result.stderr) else NixError
             raise kind(f"{program}: {last_error(result.stderr)}")
         return result
+
+    def _stopped_by_low_disk(self, purpose: Purpose) -> AbstractAsyncContextManager[None]:
+        """Stop what fetches and builds when too little is left of the disk; what collects garbage goes on."""
+        if purpose is Purpose.OWN or not self._limits.free_disk:
+            return nullcontext()
+        return stopped_by(watch_free_disk(self.store_root, self._limits.free_disk))
 
     def _is_full(self, stderr: str) -> bool:
         """Return whether it is the disk that a program failed for."""

@@ -76,6 +76,12 @@ _OUTDATED = re.compile(
     "could not update local clone|using cached version|using expired cached ref|^fatal: ", re.MULTILINE
 )
 _NO_NAMESPACES = re.compile(r"namespace|cloning builder process|setting up a private mount|\bunshar")
+_TO_BUILD = re.compile(rb"(?:this|these (\d{1,9})) derivations? will be built:")
+_TO_FETCH = re.compile(
+    rb"(?:this|these \d+) paths? will be fetched "
+    rb"\((\d{1,12}(?:\.\d+)?) ([KMGT]i)?B download, (\d{1,12}(?:\.\d+)?) ([KMGT]i)?B unpacked\):"
+)
+_UNITS = {b"": 0, b"Ki": 10, b"Mi": 20, b"Gi": 30, b"Ti": 40}
 _DISK_FULL = re.compile("No space left on device|disk is full", re.IGNORECASE)
 
 
@@ -136,6 +142,35 @@ class MarkedLines:
                 self._on_line(text)
         if len(self._rest) > _LONGEST_LINE:
             self._rest = b""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """What Nix is about to do: how many derivations it builds, and the bytes that binary caches give it."""
+
+    derivations: int
+    download: int
+    unpacked: int
+
+
+class FetchPlans:
+    """Takes what Nix says, line by line, and gives what it is about to fetch to `on_plan`."""
+
+    def __init__(self, on_plan: Callable[[FetchPlan], object]) -> None:
+        self._on_plan = on_plan
+        self._derivations = 0
+
+    def __call__(self, line: bytes) -> None:
+        """Take the next line."""
+        build, fetch = _TO_BUILD.match(line), _TO_FETCH.match(line)
+        if build is not None:
+            self._derivations = int(build[1] or 1)
+        if fetch is not None:
+            download, unpacked = (
+                int(float(size) * (1 << _UNITS[unit or b""]))
+                for size, unit in ((fetch[1], fetch[2]), (fetch[3], fetch[4]))
+            )
+            self._on_plan(FetchPlan(self._derivations, download, unpacked))
 
 
 @dataclass(frozen=True, slots=True)

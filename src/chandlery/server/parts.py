@@ -14,7 +14,7 @@ from chandlery.access.tokens import Tokens, load_key
 from chandlery.access.users import Users
 from chandlery.builds.build_queue import QueueLimits, admit_all
 from chandlery.builds.images import BuildCapacity, Images
-from chandlery.builds.pipeline import BuildLimits
+from chandlery.builds.limits import BuildLimits
 from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import BuildOptions
 from chandlery.builds.sqlite.index import SqliteIndex
@@ -42,6 +42,13 @@ from chandlery.sources.package_source import PackageSource, SourceOptions
 from chandlery.storage.kinds import open_blob_store
 from chandlery.storage.leases import Leases
 from chandlery.telemetry.metrics import Metrics
+
+# What is to be said where `hides_images` is true, and what to do.
+HIDDEN = (
+    "access rules restrict, so a server that shares the bucket with others answers 404 "
+    "for what another one has built"
+)
+SHOWN = "let all requests of a client go to one server, or let no rule restrict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,7 @@ def open_nix(settings: Settings) -> NixStores:
         settings.nix_jobs,
         builder_timeout=settings.builder_timeout,
         evaluation_memory=settings.evaluation_memory,
+        free_disk=settings.min_free_disk,
     )
     options = NixOptions(
         settings.allowed_uris, settings.substituters, settings.trusted_public_keys, settings.host_paths
@@ -191,6 +199,15 @@ def access_control(settings: Settings, shared: Path | None = None) -> AccessCont
     return AccessControl(settings.access, sources, address, accounts, shared)
 
 
+def hides_images(settings: Settings) -> bool:
+    """Return whether a server would not serve what another server has put into its bucket.
+
+    With rules that restrict, a digest has to belong to an image of the name that it is asked for by, and only
+    the index of the server that built it knows.
+    """
+    return bool(settings.storage) and settings.access.restrict
+
+
 def certificate(settings: Settings) -> CertificateCopy | None:
     """Return where the server's certificate is; None without one. Raises `SettingsError`."""
     if settings.tls_certificate is None or settings.tls_key is None:
@@ -223,6 +240,8 @@ def open_images(
             # Of a single slot nothing can be reserved: clients take turns.
             reserved=min(1, settings.parallel_builds - 1),
         ),
-        BuildLimits(settings.max_packages, settings.max_closure_size, settings.min_free_disk),
+        BuildLimits(
+            settings.max_packages, settings.max_closure_size, settings.min_free_disk, settings.max_build_size
+        ),
     )
     return Images(parts.sources, parts.stores, options, capacity, metrics, parts.popularity)

@@ -189,7 +189,17 @@ class Settings(BaseModel):
 
     max_packages: int = Field(100, ge=1, description="packages in one image's name")
     max_closure_size: int = Field(20 << 30, ge=1, description="bytes of store paths in one image")
-    min_free_disk: int = Field(1 << 30, ge=0, description="bytes; with less free, nothing new is built")
+    max_build_size: int = Field(
+        0,
+        ge=0,
+        description="bytes that one build may write, also of what isn't in the image; "
+        "0: three times max_closure_size",
+    )
+    min_free_disk: int = Field(
+        1 << 30,
+        ge=0,
+        description="bytes; with less free, nothing is built, and what is built is stopped",
+    )
 
     disk_limit: int = Field(
         0, ge=0, description="bytes of blobs and Nix's own store; beyond, garbage is collected; 0: no limit"

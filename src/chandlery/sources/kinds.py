@@ -2,15 +2,16 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from chandlery.errors import InvalidSourceError
-from chandlery.nix.pinned_source import trust_domain
+from chandlery.nix.pinned_source import PinnedSource, trust_domain
 from chandlery.nix.stores import NixStores
 from chandlery.sources.arguments import SetArguments
 from chandlery.sources.debian.index import DebianMirrors
+from chandlery.sources.debian.installed_size import installed_size
 from chandlery.sources.debian.source import SUITE, DebianSource
 from chandlery.sources.flake import FlakeReference, FlakeSource
 from chandlery.sources.git.address import GitAddress
@@ -63,6 +64,16 @@ def parse(
     if kind not in KINDS:
         raise InvalidSourceError(text, f"{kind!r} is not a kind of source: write {_FORMS}")
     return KINDS[kind][1](_Place(text, location, folder, mirrors, options or SourceOptions(), nixpkgs, nix))
+
+
+def estimated_size(pin: PinnedSource, packages: Iterable[str]) -> int | None:
+    """Return about how many bytes an image of some packages will hold, with all that they need.
+
+    It is None where nobody can tell before they are fetched. It blocks for milliseconds.
+    """
+    if pin.kind != "debian" or pin.nix is None:
+        return None
+    return installed_size(Path(pin.nix["lock"]), packages)
 
 
 def _debian(place: _Place) -> PackageSource:

@@ -1,9 +1,8 @@
 import asyncio
 import hashlib
 import os
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ from chandlery.nix.nix import NixLimits, Resolution
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import CREATED, ManifestFormat, PackedLayer
 from tests.support import layers
+from tests.support.small_disk import enlarge, needs_root, small_disk
 from tests.support.workshop import HOST, Workshop, a_request, opened
 
 # One event loop for all of them: the processes that pack belong to it, and take half a second to start.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ALWAYS = {"cacert-1.0", "iana-etc-1.0"}
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 
 
 @pytest.fixture(scope="module")
@@ -607,20 +606,6 @@ async def test_what_was_resolved_and_then_collected_is_resolved_again(fresh: Wor
 
 
 # Trouble with the disk
-
-
-@contextmanager
-def small_disk(mount_point: Path, size: str) -> Iterator[None]:
-    mount_point.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount_point)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(mount_point)], check=True)
-
-
-def enlarge(mount_point: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(mount_point)], check=True)
 
 
 @needs_root

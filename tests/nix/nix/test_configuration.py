@@ -2,19 +2,16 @@
 
 import asyncio
 import os
-import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from chandlery.errors import BuildError
 from chandlery.nix.configuration import NixConfiguration, Purpose, host_paths
 from chandlery.nix.nix import Nix, NixLimits, NixOptions
+from tests.support.nix_cache import publish, served_folder
 from tests.support.nix_package_set import packages, requires_nix, resolve
 
 pytestmark = requires_nix
@@ -186,37 +183,15 @@ class Cache:
 PACKAGE = 'p = build "p" "echo $EPOCHREALTIME $RANDOM $RANDOM > $out";'
 
 
-def publish(folder: Path, path: str) -> str:
-    """Copy a store path of a builder to a binary cache, signed; give the key to check that with."""
-    key, public_key = folder / "key", folder / "key.pub"
-    options = ("--extra-experimental-features", "nix-command", "--store", str(folder / "builder"))
-    for command in (
-        ["nix-store", "--generate-binary-cache-key", "test-1", str(key), str(public_key)],
-        ["nix", "store", "sign", *options, "--key-file", str(key), path],
-        ["nix", "copy", *options, "--to", f"file://{folder}/cache", path],
-    ):
-        subprocess.run(command, check=True, capture_output=True)
-    return public_key.read_text().strip()
-
-
 @pytest.fixture
 async def cache(tmp_path: Path) -> AsyncIterator[Cache]:
     builder = Nix(tmp_path / "builder", LIMITS, OFFLINE)
     content = await built(builder, tmp_path, PACKAGE)
-    path = str((await resolve(builder, packages(tmp_path / "set", PACKAGE), "p")).store_path)
-    public_key = publish(tmp_path, path)
+    path = (await resolve(builder, packages(tmp_path / "set", PACKAGE), "p")).store_path
+    public_key = publish(tmp_path / "builder", [path], tmp_path)
 
-    asked: list[str] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
-            asked.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "cache"))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with served_folder(tmp_path / "cache") as (address, asked):
         yield Cache(address, public_key, content, asked)
-        server.shutdown()
 
 
 def using(folder: Path, cache: Cache, key: str | None = None) -> Nix:

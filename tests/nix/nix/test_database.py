@@ -87,6 +87,33 @@ async def test_what_derivations_will_make_is_told_without_what_they_fetch(
     assert sorted(path.name for path in there) == ["middle", "top"]
 
 
+async def test_what_derivations_have_added_is_told_with_what_they_fetch_and_what_is_not_finished(
+    nix: Nix, folder: Path, tmp_path: Path, built: dict[str, Resolution], database: NixDatabase
+) -> None:
+    before = database.newest()
+    pin = packages(
+        tmp_path / "set",
+        f"""
+        {PACKAGES}
+        added = build "added" "head -c 5000 ${{middle}} /dev/zero > $out";
+        later = build "later" "echo ${{added}} ${{lonely}} > $out";
+        """,
+    )
+    added, later = [await resolve(nix, pin, name) for name in ("added", "later")]
+    # The derivations themselves aren't what they make.
+    assert database.added([later.derivation], before).registered == 0
+    await nix.realise([added.derivation], tmp_path / "roots", tmp_path / "log", own=False)
+    [node] = [each for each in database.closure([added.store_path]).nodes if each.path.name == "added"]
+    since = database.added([later.derivation], before)
+    assert since.registered == node.nar_size > 5000
+    assert sorted(output.name for _, output in since.unfinished) == ["later", "lonely"]
+    assert all(derivation.name == f"{output.name}.drv" for derivation, output in since.unfinished)
+    # All of it has been built, and what was fetched for that is among it.
+    made = sum(each.nar_size for each in database.closure([built["top"].store_path]).nodes)
+    assert database.added([built["top"].derivation], 0).registered > made
+    assert database.added([later.derivation], database.newest()).registered == 0
+
+
 async def test_a_database_of_another_schema_is_left_to_nix(
     folder: Path, tmp_path: Path, built: dict[str, Resolution]
 ) -> None:

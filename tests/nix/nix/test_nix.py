@@ -18,6 +18,7 @@ from chandlery.errors import (
     BuildError,
     BuildTimeoutError,
     DownloadError,
+    LowDiskError,
     NixError,
     NixMissingError,
     RevisionGoneError,
@@ -754,6 +755,31 @@ async def test_a_disk_that_is_full_is_the_reason_of_an_evaluation_that_fails(
 
     with pytest.raises(StorageFullError):
         await resolve(nix, packages(tmp_path / "set", 'a = build "a" "echo > $out";'), "a")
+
+
+ENDLESS = "until [ -e /nowhere ]; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+async def test_what_nix_does_is_stopped_when_too_little_of_the_disk_is_left(
+    small_disk: Path, tmp_path: Path, evaluates: bool
+) -> None:
+    big = f'big = build "big" "head --bytes 10000000 /dev/zero > $out; {ENDLESS}";'
+    source = packages(tmp_path / "set", f'{big} evaluated = build "evaluated" (import big);')
+    limits = NixLimits(build_timeout=60.0, evaluation_timeout=60.0, free_disk=16_000_000)
+    nix = Nix(small_disk, limits, OFFLINE)
+
+    with pytest.raises(LowDiskError, match=r"\d+\.\d MB, of which min_free_disk keeps 16\.0 MB"):
+        await (resolve(nix, source, "evaluated") if evaluates else built_by(nix, source, "big", tmp_path))
+    # What makes room is not stopped.
+    (small_disk / "filler").write_bytes(bytes(9_000_000))
+    await nix.collect_garbage(1 << 40)
+    assert not list(nix.store_root.glob("*-big*"))
+
+
+async def built_by(nix: Nix, source: PinnedSource, name: str, folder: Path) -> None:
+    found = await resolve(nix, source, name)
+    await nix.realise([found.derivation], folder / "roots", folder / "log", own=False)
 
 
 # What is in the store

@@ -10,6 +10,7 @@ from chandlery.errors import (
     BuildTooLargeError,
     ChandleryError,
     DownloadError,
+    LowDiskError,
     PackagesNotFoundError,
     evaluation_error,
 )
@@ -22,7 +23,8 @@ from chandlery.machine.download import DownloadFailedError
         PackagesNotFoundError(["gti"], {"gti": ["git", "gri"]}),
         BuildError("git", "its builder failed", ["make: error"]),
         DownloadError("git", "404", []),
-        BuildTooLargeError("git", "packages", 101, 100),
+        BuildTooLargeError("git", "has 101 packages of 100", 101, 100, "max_packages"),
+        LowDiskError("/data", 1, 2, 3),
         evaluation_error({"steam": {"reason": "unfree", "message": ""}}),
     ],
 )

@@ -103,3 +103,18 @@ async def test_what_nix_says_is_told_as_it_comes_and_its_works_are_noted(tmp_pat
         await log.feed(said[100:])
     assert file.read_text() == log.last_words() == 'building git...\ncompiling "main.c"\nthe end\n'
     assert works == [Work.BUILD]
+
+
+async def test_what_hears_the_lines_can_end_the_log_while_nix_speaks_and_not_when_it_has_ended(
+    tmp_path: Path,
+) -> None:
+    def hear(line: bytes) -> None:
+        if b"too much" in line:
+            raise StorageError("it is too much")
+
+    with pytest.raises(StorageError, match="too much"):
+        async with BuildLog(tmp_path / "log", on_line=hear) as log:
+            await log.feed(b"a line\nit is too much\n")
+    async with BuildLog(tmp_path / "log", on_line=hear) as log:
+        await log.feed(b"at last too much")
+    assert (tmp_path / "log").read_bytes() == b"a line\nit is too much\nat last too much\n"

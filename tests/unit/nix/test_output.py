@@ -5,6 +5,8 @@ import pytest
 from chandlery.errors import BuildError, BuildTimeoutError, DownloadError
 from chandlery.nix.output import (
     DerivationMissingError,
+    FetchPlan,
+    FetchPlans,
     build_error,
     last_error,
     says_disk_full,
@@ -14,6 +16,7 @@ from chandlery.nix.output import (
 
 HASH = "ibjy94xy9h2w0mkymqwpj0gf8k77bc0y"
 P = f"/nix/store/{HASH}-p.drv"
+MIB = 1 << 20
 
 
 def said(*lines: str) -> str:
@@ -129,3 +132,36 @@ def test_the_last_error_is_what_is_told_without_where_it_was() -> None:
 def test_a_full_disk_is_found_in_what_nix_says() -> None:
     assert says_disk_full("error: writing to file: No space left on device")
     assert not says_disk_full("error: writing to file: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            # Nix 2.8
+            "this derivation will be built:\n"
+            "  /nix/store/00000000000000000000000000000000-image.drv\n"
+            "these 2 paths will be fetched (1.50 MiB download, 4.25 MiB unpacked):\n",
+            [FetchPlan(1, 3 * MIB // 2, 17 * MIB // 4)],
+        ),
+        (
+            # Nix 2.24 and later
+            "these 12 derivations will be built:\n"
+            "this path will be fetched (512.0 KiB download, 2.0 GiB unpacked):\n",
+            [FetchPlan(12, MIB // 2, 2048 * MIB)],
+        ),
+        ("this path will be fetched (0.00 MiB download, 3 B unpacked):\n", [FetchPlan(0, 0, 3)]),
+        ("these 3 derivations will be built:\nbuilding '/nix/store/x.drv'...\n", []),
+        # Builders may say anything.
+        ("these 2 paths will be fetched (1.5.0 MiB download, 4.25 MiB unpacked):\n", []),
+        (f"this path will be fetched (1 B download, {'9' * 400} MiB unpacked):\n", []),
+        (f"these {'9' * 5000} derivations will be built:\n", []),
+        ("a builder says: these 2 paths will be fetched (1.50 MiB download, 4.25 MiB unpacked):\n", []),
+    ],
+)
+def test_nix_says_what_it_is_about_to_fetch(said: str, expected: list[FetchPlan]) -> None:
+    plans: list[FetchPlan] = []
+    take = FetchPlans(plans.append)
+    for line in said.encode().splitlines(keepends=True):
+        take(line)
+    assert plans == expected

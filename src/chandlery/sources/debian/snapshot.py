@@ -111,9 +111,9 @@ class DebianSnapshot:
         """Return the snapshot's files, by name; the same snapshot gives the same bytes."""
         shards: dict[str, dict[str, dict[str, object]]] = defaultdict(lambda: {"names": {}, "units": {}})
         for name, unit_name in self.names.items():
-            shards[_shard(name)]["names"][name] = unit_name
+            shards[shard_of(name)]["names"][name] = unit_name
         for unit in self.units.values():
-            shards[_shard(unit.name)]["units"][unit.name] = {
+            shards[shard_of(unit.name)]["units"][unit.name] = {
                 "debs": [
                     {
                         "name": package.name,
@@ -296,5 +296,6 @@ def _version(text: str) -> Version:
     return Version(text)
 
 
-def _shard(name: str) -> str:
+def shard_of(name: str) -> str:
+    """Return which of a snapshot's files has a name, without its suffix."""
     return hashlib.sha256(name.encode()).hexdigest()[:3]
