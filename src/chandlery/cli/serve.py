@@ -25,7 +25,15 @@ from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.nix.stores import MIXED, UNMIXED
 from chandlery.plan.popularity import Popularity
 from chandlery.server.app import create_app
-from chandlery.server.parts import access_control, certificate, open_parts, trust_domains
+from chandlery.server.parts import (
+    HIDDEN,
+    SHOWN,
+    access_control,
+    certificate,
+    hides_images,
+    open_parts,
+    trust_domains,
+)
 from chandlery.server.tls import OLDEST_PROTOCOL, CertificateCopy
 from chandlery.settings.settings import Settings
 from chandlery.settings.values import without_secrets
@@ -102,6 +110,8 @@ def serve(
     logs.configure(settings.log_format)
     for notice in settings.notices:
         log.warning(notice)
+    if hides_images(settings):
+        log.warning(f"{HIDDEN}: {SHOWN}")
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     copy = certificate(settings)

@@ -30,9 +30,12 @@ from chandlery.maintenance.run_marker import RunMarker
 from chandlery.nix.nix import Nix
 from chandlery.nix.stores import MIXED, UNMIXED
 from chandlery.server.parts import (
+    HIDDEN,
+    SHOWN,
     access_control,
     certificate,
     configured_popularity,
+    hides_images,
     open_nix,
     open_sources,
     trust_domains,
@@ -367,6 +370,9 @@ def _access(aside: Settings) -> Outcome:
     control = access_control(aside)
     if aside.users_file:
         Users(aside.users_file)
+    if hides_images(aside):
+        return Outcome(HIDDEN, Status.WARNING, SHOWN)
+    if aside.users_file:
         others = ", and who hasn't logged in" if aside.anonymous == "read" else ""
         return Outcome(f"the users in {aside.users_file} may pull{others}")
     if aside.anonymous == "read":

@@ -294,6 +294,21 @@ async def test_who_may_pull(tmp_path: Path) -> None:
     assert "hush" not in found.text
 
 
+@pytest.mark.parametrize("rule", [{"deny": ["nmap"]}, {"allow": ["git"]}, {"sources": ["debian!bookworm"]}])
+async def test_servers_of_one_bucket_whose_rules_hide_what_the_others_have_built(
+    tmp_path: Path, rule: dict[str, list[str]]
+) -> None:
+    access = {"default": {"requests_per_minute": 60}, "users": {"alice": rule}}
+    found = await outcome("access", tmp_path, storage="s3://images", access=access)
+    assert found.status == Status.WARNING
+    assert "shares the bucket" in found.text
+    assert "one server" in found.remedy
+    # Limits restrict nothing, and blobs on this disk are served by this server alone.
+    limits = {"default": {"requests_per_minute": 60}}
+    for settings in ({"storage": "s3://images", "access": limits}, {"access": access}):
+        assert (await outcome("access", tmp_path, **settings)).status == Status.OK
+
+
 async def test_a_key_for_tokens_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.write_text(f"alice:$2y$04${'.' * 53}\n")

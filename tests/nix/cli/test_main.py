@@ -304,6 +304,23 @@ def test_an_address_that_other_machines_reach_and_nobody_said_who_may_pull(
     assert 'anonymous = "read"' in complaint
 
 
+def test_a_bucket_and_rules_by_which_servers_hide_what_others_have_built(
+    chandlery: Command, port: int, tmp_path: Path
+) -> None:
+    said = "a server that shares the bucket with others answers 404 for what another one has built"
+    for rule, expected in (('deny = ["nmap"]', True), ("builds_per_hour = 20", False)):
+        settings = tmp_path / "settings.toml"
+        settings.write_text(
+            'storage = "s3://images"\n'
+            f'storage_options = {{ endpoint = "http://127.0.0.1:{port}", access_key_id = "a", '
+            'secret_access_key = "b" }\n'
+            f"[access.default]\n{rule}\n"
+        )
+        started = chandlery("serve", "--port", str(port), "--settings", str(settings))
+        assert started.exit_code == 1
+        assert (said in started.stdout + started.stderr) == expected
+
+
 def test_files_about_access_that_are_not_there(chandlery: Command, port: int, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     users = chandlery("serve", "--port", str(port), CHANDLERY_USERS_FILE=missing)
