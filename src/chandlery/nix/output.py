@@ -28,7 +28,12 @@ LOG_TAIL = 20
 # Words of an output that has no error in it.
 _LAST_WORDS = 30
 
-_BUILDER_FAILED = re.compile(r"error: builder for '([^']+)' (failed.*?);?$", re.MULTILINE)
+# The second form is Nix 2.34's.
+_BUILDER_FAILED = re.compile(
+    r"error: (?:builder for '(?P<derivation>[^']+)' (?P<how>failed.*?);?"
+    r"|Cannot build '(?P<other>[^']+)'\.\s+Reason: builder (?P<reason>failed.*?)\.?)$",
+    re.MULTILINE,
+)
 # Nix 2.26 has the process say it that was to become the builder.
 _NOT_STARTED = re.compile(r"^ *error: (executing '[^']+': .*)$", re.MULTILINE)
 _TIMED_OUT = re.compile(r"error: building of '([^'!^]+)[^']*' .*timed out after (\d+) seconds")
@@ -103,8 +108,8 @@ def build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildErro
     failed = _BUILDER_FAILED.search(stderr)
     if failed is not None:
         not_started = _NOT_STARTED.search(stderr)
-        reason = not_started[1] if not_started else f"its builder {failed[2]}"
-        return BuildError(package_name(failed[1]), reason, tail)
+        reason = not_started[1] if not_started else f"its builder {failed['how'] or failed['reason']}"
+        return BuildError(package_name(failed["derivation"] or failed["other"]), reason, tail)
     denied = _HOST_PATH_DENIED.search(stderr)
     if denied is not None:
         reason = f"its builder asks to see {denied[2]} of this machine, which host_paths doesn't name"

@@ -71,6 +71,34 @@ def test_a_builder_that_is_not_there_is_named(text: str) -> None:
     assert "executing '/bin/bash': No such file or directory" in str(error)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        said(
+            "building '/nix/store/x'...",
+            "last words",
+            f"error: builder for '{P}' failed with exit code 3;",
+            "       last 1 log lines:",
+            "error: 1 dependencies of derivation '/nix/store/0x1qk-app-1.drv' failed to build",
+        ),
+        # Nix 2.34
+        said(
+            "last words",
+            f"error: Cannot build '{P}'.",
+            "       Reason: builder failed with exit code 3.",
+            "       Output paths:",
+            f"         /nix/store/{HASH}-p",
+            f"error: Cannot build '/nix/store/{HASH}-app-1.drv'.",
+            "       Reason: 1 dependency failed.",
+        ),
+    ],
+)
+def test_of_what_failed_the_first_is_named_with_its_exit_code(text: str) -> None:
+    error = build_error(text, [f"/nix/store/{HASH}-app-1.drv"])
+    assert isinstance(error, BuildError)
+    assert str(error).startswith("p could not be built: its builder failed with exit code 3")
+
+
 def test_what_took_too_long_is_told_as_that() -> None:
     text = f"error: building of '{P}!out' from .drv file timed out after 5 seconds"
     assert isinstance(build_error(text, [P]), BuildTimeoutError)
