@@ -6,6 +6,7 @@ import pytest
 
 from chandlery.layers.alternatives import parse
 from chandlery.nix.nix import EXPRESSIONS
+from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
 
 # What a maintainer script may do
 
@@ -50,6 +51,9 @@ def install(name: str) -> str:
 
 
 ONE, TWO = install("one"), install("two")
+
+# Writes a file, without a redirection.
+HISTORY = "shopt -so history; history -s written; history -w"
 
 
 @pytest.mark.parametrize(
@@ -109,11 +113,84 @@ def test_what_a_script_would_register_is_recorded(package: Package, postinst: st
         "unset -f command_not_found_handle; touch made",
         "function test { /usr/bin/touch made; }; [ -e /x ]",
         ": | tee made",
+        f"{HISTORY} made",
+        f"{HISTORY} /made; {HISTORY} /dev/made",
+        f"{HISTORY} /usr/bin/own; {HISTORY} /usr/bin/made",
     ],
 )
 def test_a_script_can_run_no_program_and_write_no_file(package: Package, attempt: str) -> None:
     assert package.recorded(f"{ONE}\n{attempt}\n{TWO}\n") in (["one", "two"], ["one"])
     assert package.left() == set()
+    assert [(path.name, path.read_bytes()) for path in (package.root / "usr/bin").iterdir()] == [("own", b"")]
+
+
+@pytest.mark.parametrize(
+    "sees",
+    [
+        "[ -e /usr/bin/env ]",
+        "test -d /etc -o -d /var",
+        "builtin [ -x /usr/bin/perl ]",
+        "[[ -x /usr/bin/perl ]]",
+        "[[ -e /etc/os-release || -d /etc || -d /proc ]]",
+        "[ /usr/bin/env -nt /nonexistent ]",
+        "[ -e /usr/bin/link ]",
+        "read -r line < /var/lib/dpkg/status",
+        '[ -n "$(< /etc/passwd)" ]',
+        "mapfile lines < /proc/version && [ -n \"${lines[0]}\" ]",
+        "history -c; history -r /etc/passwd; [ -n \"$(history)\" ]",
+        ". os-release",
+        "shopt -uo noglob; for each in /etc/*; do [ \"$each\" != '/etc/*' ]; done",
+        'for each in $(compgen -f /); do [ "$each" = /etc ] && break; done',
+    ],
+)
+def test_a_script_sees_no_file_of_this_machine(package: Package, sees: str) -> None:
+    # A link leads where it will in an image.
+    (package.root / "usr/bin/link").symlink_to("/usr/bin/env")
+
+    assert package.recorded(f"{sees} && {TWO}; {ONE}") == ["one"]
+
+
+@pytest.mark.parametrize(
+    "sees",
+    [
+        "[ -x /usr/bin/own ]",
+        "[[ -x /usr/bin/own && ! -e /usr/bin/env ]]",
+        "[ -e /usr/bin/link -a -L /usr/bin/link ]",
+        "[ -d /bin ]",
+        "read -r line < /motd",
+        ": < /dev/null",
+    ],
+)
+def test_a_script_sees_what_its_package_has_at_the_root(package: Package, sees: str) -> None:
+    (package.root / "usr/bin/link").symlink_to("/usr/bin/own")
+    (package.root / "bin").symlink_to("usr/bin")
+    (package.root / "motd").write_text("welcome\n")
+    (package.root / "dev").mkdir()
+
+    assert package.recorded(f"{sees} && {ONE}") == ["one"]
+
+
+def test_an_ordinary_user_reads_scripts_too_and_is_told_where_that_cannot_be() -> None:
+    recorder = (EXPRESSIONS / "record_alternatives.sh").read_text()
+    script = f"""
+import subprocess, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+(folder / "package/usr/bin").mkdir(parents=True)
+(folder / "record.sh").write_text({recorder!r})
+forbidden = ("unshare", "--user", "--map-user=1000", "--keep-caps", "bash", "-euc",
+             'echo 0 > /proc/sys/user/max_user_namespaces; exec "$@"', "sh")
+for before in ((), forbidden):
+    command = [*before, "bash", folder / "record.sh", folder / "package"]
+    result = subprocess.run(command, input={ONE!r}, cwd=folder, capture_output=True, text=True)
+    print(result.returncode, result.stdout.split("\t")[:2], result.stderr)
+"""
+    with ordinary_folder() as folder:
+        printed = run_as_ordinary_user(script, str(folder)).splitlines()
+
+    assert printed[0] == "0 ['/usr/bin/one', 'one'] "
+    assert printed[1].startswith("1 [''] a maintainer script is read in a user namespace: let builders make some")
+    assert "unshare failed" in printed[1]
 
 
 @pytest.mark.parametrize(
