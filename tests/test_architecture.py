@@ -37,6 +37,7 @@ ROOMS = (
 # What decides does no I/O and asks no clock, nor does anything that it imports: whole rooms, and modules.
 PURE = (
     *("plan", "image", "errors", "access.rules", "access.authorization", "layers.alternatives"),
+    "layers.package_relations",
     *("nix.closure", "nix.closure_json", "nix.pinned_source", "oci.digest", "oci.documents"),
     *("registry.negotiation", "registry.ranges", "settings.values", "sources.git.address"),
     *("storage.byte_range", "builds.limits"),

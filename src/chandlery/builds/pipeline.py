@@ -9,7 +9,8 @@ import asyncio
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -171,6 +172,8 @@ class Pipeline:
                 }
         packed = known | {group: task.result() for group, task in packing.items()}
         root = root_task.result()
+        if root.collisions:
+            await asyncio.to_thread(_tell_collisions, job.build, root.collisions)
         layers = [(packed[group], description.history(group)) for group in groups]
         layers.append((root.layer, description.ROOT_FILESYSTEM_HISTORY))
         return await self._describe(job, closure, root, layers, description.labels(recipe, resolutions))
@@ -295,7 +298,7 @@ class Pipeline:
                 layer = await self._pool.run(
                     pack_changed_root_layer, store, changed, owner, account, final, file
                 )
-                packed = RootLayer(layer, packed.main_program)
+                packed = replace(packed, layer=layer)
             await self._packer.put(job, packed.layer, file)
         return packed
 
@@ -366,6 +369,14 @@ def _check_is_the_same(before: BuiltImage, now: BuiltImage, build: Build) -> Non
             for pair in pairs
         ],
     )
+
+
+def _tell_collisions(build: Build, collisions: Sequence[str]) -> None:
+    """Say in the server's log and in the build's which packages have the same paths."""
+    log.info("packages collide", build=build.id, image=build.image, collisions=list(collisions))
+    # As Nix's own output: a log for which there is no space is lost, and the build is not.
+    with suppress(OSError), build.log_file.open("a") as file:
+        file.writelines(f"chandlery: {each}\n" for each in collisions)
 
 
 def _closure_roots(

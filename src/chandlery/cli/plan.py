@@ -22,7 +22,9 @@ from chandlery.errors import SettingsError
 from chandlery.image import name as image_name
 from chandlery.image.name import LATEST
 from chandlery.layers.archive import layer_key
+from chandlery.layers.collisions import Collision, collisions
 from chandlery.layers.compression import COMPRESSIONS
+from chandlery.layers.store_reader import StoreReader
 from chandlery.machine.temporary_folder import TemporaryFolder
 from chandlery.nix.closure import Closure
 from chandlery.nix.closure_json import parse_closure
@@ -47,11 +49,15 @@ _NAMES_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """What a plan is made of, and how many bytes of a layer the registry has already, if it can tell."""
+    """What a plan is made of; how many bytes of a layer the registry has already, and what collides.
+
+    A closure in a file is known by its names alone: nothing tells of either.
+    """
 
     closure: Closure
     popularity: Mapping[str, int]
     has: Callable[[LayerGroup], int | None] = lambda _: None
+    collisions: Sequence[Collision] = ()
 
 
 def plan(
@@ -202,7 +208,9 @@ async def _image(settings: Settings, packages: Sequence[str], chosen: Popularity
             roots, build_log = temporary.path / "roots", temporary.path / "log"
             nix = stores.nix.of(pin)
             await nix.realise(derivations, roots, build_log, own=pin.builders_are_own)
-            closure = await nix.closure(each.store_path for each in found.values())
+            wanted = [found[path].store_path for path in request.most_wanted_first]
+            closure = await nix.closure(wanted)
+            collide = await asyncio.to_thread(collisions, StoreReader(nix.store_root), closure, wanted)
         compression = COMPRESSIONS[settings.compression]
         known = {}
         for each in STRATEGIES.values():
@@ -211,7 +219,7 @@ async def _image(settings: Settings, packages: Sequence[str], chosen: Popularity
                 key = layer_key(group.store_paths, compression, pin.trust_domain)
                 packed = await stores.index.layers([key])
                 known[group.store_paths] = packed[key].descriptor.size if key in packed else 0
-        return PlannedImage(closure, popularity, lambda group: known.get(group.store_paths))
+        return PlannedImage(closure, popularity, lambda group: known.get(group.store_paths), collide)
 
 
 def _read_closure(file: Path) -> Closure:
@@ -246,7 +254,16 @@ def _print_plan(image: PlannedImage, groups: Sequence[LayerGroup], *, as_json: b
             }
             for group in groups
         ]
-        typer.echo(json.dumps({"layers": layers}))
+        collide = [
+            {
+                "winner": each.winner,
+                "loser": each.loser,
+                "reason": each.reason.value,
+                "paths": [f"/{path.decode(errors='backslashreplace')}" for path in each.paths],
+            }
+            for each in image.collisions
+        ]
+        typer.echo(json.dumps({"layers": layers, "collisions": collide}))
         return
     table = Table("Layer", "MB", "Needed by", "Paths", "Packages", box=None, pad_edge=False)
     told = any(image.has(group) is not None for group in groups)
@@ -270,6 +287,8 @@ def _print_plan(image: PlannedImage, groups: Sequence[LayerGroup], *, as_json: b
         f"{len(groups)} layers, {len(image.closure.nodes)} store paths, "
         f"{image.closure.nar_size / 1e6:,.1f} MB"
     )
+    for each in image.collisions:
+        typer.echo(str(each))
 
 
 def _print_strategies(image: PlannedImage, budget: int, *, as_json: bool) -> None:

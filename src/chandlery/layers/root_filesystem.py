@@ -9,14 +9,16 @@ small files the layer is directories and links. The first to claim a path keeps 
 4. what was asked for and has the store layout: links into it, as nixpkgs' symlinkJoin makes them; earlier
    packages before later ones
 5. the accounts, the paths of the CA bundle, `/bin/sh` and `/usr/bin/env`, the alternatives
+6. what packages with the root layout dispute, as `layers.collisions` has settled it
 
 Lower layers are covered by this one, so what a store path with the root layout has at a path is left in peace
 where that is the better file, and covered where it isn't (`/etc/passwd`).
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 
 from chandlery.image.profile import Account
 from chandlery.layers import alternatives
@@ -68,13 +70,15 @@ def root_filesystem(
     gid: int = 0,
     account: Account | None = None,
     extra: Iterable[Entry] = (),
+    disputed: Mapping[bytes, Entry] = MappingProxyType({}),
 ) -> list[Entry]:
     """Return the entries of the last layer, in order, parent directories included.
 
-    `uid` and `gid` own all of it but the home of `account`. `roots` are the store paths that were asked for,
-    the most wanted first; all of them are in the closure. Raises what `StoreReader` raises.
+    `uid` and `gid` own all of it but the home of `account` and what is `disputed`, by path. `roots` are the
+    store paths that were asked for, the most wanted first; all of them are in the closure. Raises what
+    `StoreReader` raises.
     """
-    lower = _RootLayout(reader, (node.path for node in closure.nodes))
+    lower = _RootLayout(reader, (node.path for node in closure.nodes), disputed)
     tree = _Tree(_merged_folders(lower))
     links = [_links(reader, root) for root in roots if reader.layout(root) is Layout.STORE]
     for entry in chain(
@@ -90,7 +94,12 @@ def root_filesystem(
     _put_ca_bundle(tree, lower)
     _put_interpreters(tree, lower)
     _put_alternatives(tree, lower, reader)
-    return [owned(entry, (uid, gid), account) for entry in tree.entries()]
+    for entry in disputed.values():
+        tree.put(entry)
+    return [
+        entry if entry == disputed.get(entry.path) else owned(entry, (uid, gid), account)
+        for entry in tree.entries()
+    ]
 
 
 def owned(entry: Entry, owner: tuple[int, int], account: Account | None) -> Entry:
@@ -113,13 +122,18 @@ def _files(account: Account | None) -> Iterator[tuple[bytes, bytes]]:
 class _RootLayout:
     """What the store paths with the root layout put at /; directories are listed once, for they are many."""
 
-    def __init__(self, reader: Reader, store_paths: Iterable[StorePath]) -> None:
+    def __init__(
+        self, reader: Reader, store_paths: Iterable[StorePath], disputed: Mapping[bytes, Entry]
+    ) -> None:
         self.store_paths = [path for path in store_paths if reader.layout(path) is Layout.ROOT]
         self._reader = reader
+        self._disputed = disputed
         self._folders: dict[bytes, dict[bytes, StorePath]] = {}
 
     def find(self, path: bytes) -> Entry | None:
         """Return what stands at a path of the image; None if nothing does."""
+        if path in self._disputed:
+            return self._disputed[path]
         folder, _, name = path.rpartition(b"/")
         if folder not in self._folders:
             self._folders[folder] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chandlery.image.profile import Account
 from chandlery.layers.archive import pack
+from chandlery.layers.collisions import collisions, disputed
 from chandlery.layers.compression import COMPRESSIONS
 from chandlery.layers.main_program import MainPackage, main_program_of
 from chandlery.layers.root_filesystem import owned, root_filesystem
@@ -19,7 +20,7 @@ from chandlery.nix.closure import Closure, StorePath
 from chandlery.oci.documents import PackedLayer
 
 # Counts up when the same packages give another root filesystem.
-ROOT_LAYER_VERSION = 1
+ROOT_LAYER_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,11 @@ class RootLayerOptions:
 
 @dataclass(frozen=True, slots=True)
 class RootLayer:
-    """The layer, and the path of the main package's program."""
+    """The layer, the path of the main package's program, and a sentence for each collision of packages."""
 
     layer: PackedLayer
     main_program: str | None
+    collisions: tuple[str, ...] = ()
 
 
 def pack_root_layer(
@@ -56,9 +58,13 @@ def pack_root_layer(
 ) -> RootLayer:
     """Pack the root filesystem of a closure; raises what `root_filesystem` and `pack` raise."""
     reader = StoreReader(store_root)
-    entries = root_filesystem(closure, roots, reader, uid=owner[0], gid=owner[1], account=account)
+    found = collisions(reader, closure, roots)
+    entries = root_filesystem(
+        closure, roots, reader, uid=owner[0], gid=owner[1], account=account, disputed=disputed(found)
+    )
     program = main_program_of(reader, closure, main) if main else None
-    return RootLayer(pack(entries, COMPRESSIONS[compression], destination), program)
+    layer = pack(entries, COMPRESSIONS[compression], destination)
+    return RootLayer(layer, program, tuple(map(str, found)))
 
 
 def pack_changed_root_layer(

@@ -2,9 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from chandlery.plan.popularity import Popularity
 from chandlery.telemetry import logs
+from tests.support.debian_packages import PACKAGES, Deb, program
+from tests.support.debian_repository import debian_repository
 from tests.support.package_sets import SOURCE
 from tests.support.plan_commands import run
 from tests.support.servers import HOST_PATHS
@@ -44,3 +47,29 @@ def test_a_plan_of_an_image_knows_what_the_servers_table_says(
     other.write_bytes(Popularity({"hello": 8}).encode())
     shown = json.loads(run("plan", "hello", "--source", SOURCE, "--json", "--popularity", other))
     assert max(layer["popularity"] for layer in shown["layers"]) == 8
+
+
+def test_a_plan_says_which_packages_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def agent(name: str) -> Deb:
+        fields = {"Provides": "mail-agent", "Conflicts": "mail-agent"}
+        return Deb(name, fields=fields, files={"usr/sbin/sendmail": program()})
+
+    # Logs would stand in what is printed here, as `configure` does nothing.
+    with debian_repository(tmp_path) as repository, capture_logs():
+        alert = Deb("alert", fields={"Depends": "exim"})
+        repository.publish(*PACKAGES, agent("exim"), agent("postfix"), alert)
+        for name, value in (
+            ("MIRROR", repository.mirrors.main),
+            ("SECURITY_MIRROR", repository.mirrors.security),
+            ("KEYRING", repository.mirrors.keyring),
+        ):
+            monkeypatch.setenv(f"CHANDLERY_DEBIAN_{name}", value)
+        shown = json.loads(run("plan", "alert", "postfix", "--json"))
+        table = run("plan", "alert", "postfix")
+        alone = json.loads(run("plan", "alert", "--json"))
+
+    assert shown["collisions"] == [
+        {"winner": "postfix", "loser": "exim", "reason": "it was asked for", "paths": ["/usr/sbin/sendmail"]}
+    ]
+    assert "here are those of postfix, since it was asked for" in table
+    assert alone["collisions"] == []

@@ -77,6 +77,9 @@ for deb in $debs; do
             next if ($octal == 0755 || $octal == 0644) && $owner eq "0/0";
             printf "%04o %s %s\n", $octal, join(" ", split("/", $owner)), $path;
         ' >> support/permissions
+    # What it says of other packages that may have the same paths; a paragraph for each .deb.
+    dpkg-deb --field "$deb" Package Version Provides Conflicts Replaces >> support/relations
+    echo >> support/relations
     dpkg-deb --ctrl-tarfile "$deb" > control.tar
     if tar --extract --to-stdout --file control.tar ./postinst > postinst 2> missing; then
         bash "$recorder" "$out" < postinst >> support/alternatives

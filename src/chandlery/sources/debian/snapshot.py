@@ -11,7 +11,6 @@ A snapshot is 4,096 small files rather than one of 20 MB, since an evaluation re
 the units' popularity, which takes longer to make than the snapshot, and follows from it.
 """
 
-import functools
 import hashlib
 import re
 from collections import defaultdict
@@ -23,6 +22,7 @@ import rustworkx
 from debian.debian_support import Version
 
 from chandlery.image.profile import BASE_PACKAGES, SHELL, SHIPPED
+from chandlery.layers.package_relations import Relation, parse_relations
 from chandlery.oci.documents import canonical_json
 from chandlery.plan.package_clusters import MEASURE_VERSION, measure
 from chandlery.plan.package_graph import PackageGraph
@@ -35,30 +35,6 @@ _FIELDS = (
     *("Filename", "SHA256"),
 )
 _PRIORITIES = ("required", "important", "standard", "optional", "extra")
-# Debian Policy 7.1: name, :qualifier, (operator version).
-_RELATION = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?::[a-z0-9-]+)?\s*(?:\(\s*(<<|<=|=|>=|>>)\s*([^)\s]+)\s*\))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """One alternative of a dependency: a package, and the versions of it that will do."""
-
-    package: str
-    operator: str = ""
-    version: str = ""
-
-    def accepts(self, version: str) -> bool:
-        """Compare as dpkg does (deb-version(7))."""
-        if not self.operator:
-            return True
-        have, want = _version(version), _version(self.version)
-        return {
-            "<<": have < want,
-            "<=": have <= want,
-            "=": have == want,
-            ">=": have >= want,
-            ">>": have > want,
-        }[self.operator]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +160,6 @@ def parse_packages(text: str, repository: int) -> Iterator[Package]:
         )
 
 
-def parse_relations(text: str) -> tuple[tuple[Relation, ...], ...]:
-    """Read a dependency field: a conjunction of alternatives."""
-    return tuple(
-        tuple(
-            Relation(match[1], match[2] or "", match[3] or "")
-            for match in map(_RELATION.match, map(str.strip, either.split("|")))
-            if match
-        )
-        for either in text.split(",")
-        if either.strip()
-    )
-
-
 class _Resolver:
     """Chooses, for each dependency, the package that meets it: the same one every time."""
 
@@ -262,11 +225,8 @@ class _Resolver:
         package = self._packages.get(relation.package)
         if package is not None and relation.accepts(package.version):
             return package.name
-        for provider, provided in self._providers.get(relation.package, ()):
-            # An unversioned Provides meets no versioned dependency (deb-control(5), Provides).
-            if not relation.operator or (provided.version and relation.accepts(provided.version)):
-                return provider.name
-        return None
+        providers = self._providers.get(relation.package, ())
+        return next((each.name for each, provided in providers if relation.is_met_by(provided)), None)
 
     def _add_virtual_packages(self, names: dict[str, str]) -> None:
         for virtual, providers in self._providers.items():
@@ -289,11 +249,6 @@ class _Resolver:
 def _newness(package: Package) -> tuple[Version, int, str]:
     """Order the versions of one package; of equal ones the first repository has the newest."""
     return (Version(package.version), -package.repository, package.sha256)
-
-
-@functools.lru_cache(maxsize=4096)
-def _version(text: str) -> Version:
-    return Version(text)
 
 
 def shard_of(name: str) -> str:

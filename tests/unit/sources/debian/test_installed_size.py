@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from chandlery.layers.package_relations import parse_relations
 from chandlery.sources.debian.installed_size import installed_size
-from chandlery.sources.debian.snapshot import DebianSnapshot, Package, parse_relations
+from chandlery.sources.debian.snapshot import DebianSnapshot, Package
 
 KIB = 1 << 10
 

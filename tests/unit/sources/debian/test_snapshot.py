@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chandlery.layers.package_relations import Relation, parse_relations
 from chandlery.plan.package_clusters import MEASURE_VERSION
 from chandlery.sources.debian import snapshot as debian_snapshot
 from chandlery.sources.debian.snapshot import (
     DebianSnapshot,
     Package,
-    Relation,
     Unit,
     parse_packages,
-    parse_relations,
 )
 
 
