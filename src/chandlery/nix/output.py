@@ -57,6 +57,8 @@ _NIX_LINE = re.compile(
     r"(this|these) .*(will be (built|fetched)|derivations?)|  /nix/store/|building '|error: |warning: "
     r"|disabling binary cache "
 )
+# What Nix 2.34 says of a derivation that failed, which repeats the end of its log.
+_SUMMARY = re.compile(r"^error: Cannot build '.*\n(?: .*\n)*", re.MULTILINE)
 # What nixpkgs' check-meta.nix throws, and Nix itself: of a package that is asked for, or that it needs.
 _REFUSALS: Sequence[tuple[type[EvaluationError], re.Pattern[str]]] = (
     (UnfreeError, re.compile("has an unfree license")),
@@ -220,8 +222,8 @@ def says_outdated(output: str) -> bool:
 
 def log_tail(output: str) -> list[str]:
     """Return the last lines that builders wrote, without what Nix says around them."""
-    lines = (line for line in output.splitlines() if line.strip() and not _NIX_LINE.match(line))
-    return list(deque(lines, maxlen=LOG_TAIL))
+    lines = (line for line in _SUMMARY.sub("", output).splitlines() if line.strip())
+    return list(deque((line for line in lines if not _NIX_LINE.match(line)), maxlen=LOG_TAIL))
 
 
 def package_name(derivation: str) -> str:

@@ -88,6 +88,8 @@ def test_a_builder_that_is_not_there_is_named(text: str) -> None:
             "       Reason: builder failed with exit code 3.",
             "       Output paths:",
             f"         /nix/store/{HASH}-p",
+            "       Last 1 log lines:",
+            "       > last words",
             f"error: Cannot build '/nix/store/{HASH}-app-1.drv'.",
             "       Reason: 1 dependency failed.",
         ),
@@ -97,6 +99,8 @@ def test_of_what_failed_the_first_is_named_with_its_exit_code(text: str) -> None
     error = build_error(text, [f"/nix/store/{HASH}-app-1.drv"])
     assert isinstance(error, BuildError)
     assert str(error).startswith("p could not be built: its builder failed with exit code 3")
+    assert error.log_tail[:1] == ("last words",)
+    assert not any("Output" in line or "last words" in line for line in error.log_tail[1:])
 
 
 def test_what_took_too_long_is_told_as_that() -> None:
