@@ -543,7 +543,9 @@ async def test_a_builder_that_talks_without_end_has_a_log_with_its_beginning_and
     assert (17 << 20) - 10_000 < len(log) < (17 << 20) + 10_000
     told = log.decode()
     assert 0 < told.index("first\n") < told.index("[chandlery: this log is longer than 16 MiB")
-    assert told.index("bytes are left out here]") < told.index("why\n") < told.index("error: builder for")
+    # Nix 2.34 has other words for the last.
+    told_last = r"bytes are left out here\]\n.*\bwhy\n.*error: (builder for|Cannot build)"
+    assert re.search(told_last, told, re.DOTALL)
 
 
 async def test_a_builder_that_makes_nothing_has_failed(build: Build, tmp_path: Path) -> None:
