@@ -62,7 +62,7 @@ STARTING = re.compile(
 HARMLESS = {"asyncio.subprocess", "subprocess.PIPE", "subprocess.DEVNULL", "subprocess.CompletedProcess"}
 # These pass the environment on to the programs that they run, and look for them on PATH.
 READS_THE_ENVIRONMENT = {
-    *("settings.settings", "nix.configuration", "sources.debian.index", "sources.git.repository"),
+    *("settings.settings", "nix.configuration", "sources.debian.apt", "sources.git.repository"),
     *("machine.process_pool", "demo.demo", "demo.sandbox", "server.tls"),
 }
 ENVIRONMENT = re.compile(r"os\.(environb?|getenvb?|putenv)(\..*)?")

@@ -9,7 +9,7 @@ import lzma
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
@@ -66,44 +66,52 @@ def new_key() -> Iterator[Key]:
 
 
 class DebianRepository:
-    """What is served; its address is given once it is."""
+    """What is served; its address is given once it is.
+
+    Its releases have packages for `architectures`. With `by_hash` Packages files stay where their hash is.
+    """
 
     def __init__(self, key: Key, address: str, keyring: Path) -> None:
         keyring.write_bytes(key.public)
         self.mirrors = DebianMirrors(f"{address}/debian", f"{address}/debian-security", str(keyring))
         self.requests: list[str] = []
         self.files: dict[str, bytes] = {}
+        self.architectures: Sequence[str] = ARCHITECTURES
+        self.by_hash = False
         self._key = key
-        self._packages: dict[str, dict[str, Deb]] = {SUITE: {}, UPDATES: {}, SECURITY: {}}
+        self._packages = {each: _no_packages() for each in (SUITE, UPDATES, SECURITY)}
         self._faults: list[tuple[str, Fault, threading.Event, threading.Event]] = []
+        self._acts: list[tuple[str, Callable[[], None]]] = []
         self._updates = 0
 
     def publish(
         self,
         *debs: Deb,
         release: str = SUITE,
+        architectures: Sequence[str] = ARCHITECTURES,
         keep_old: bool = True,
         signer: Key | None = None,
         signed: bool = True,
     ) -> None:
-        """Add packages or new versions of them; with `keep_old` false, an old version's .deb is gone.
+        """Add packages or new versions of them, for some architectures; those of the others stay as they are.
 
-        The index is signed with the repository's own key, unless it is told otherwise.
+        With `keep_old` false, an old version's .deb is gone. The index is signed with the repository's own
+        key, unless it is told otherwise.
         """
-        packages = self._packages[release]
         for deb in debs:
-            for architecture in ARCHITECTURES:
+            for architecture in architectures:
+                packages = self._packages[release][architecture]
                 if deb.name in packages and not keep_old:
                     self.files.pop(self._pool(release, packages[deb.name], architecture), None)
                 self.files[self._pool(release, deb, architecture)] = deb.build(architecture)
-            packages[deb.name] = deb
+                packages[deb.name] = deb
         self._updates += 1
         for each in self._packages:
             self._index(each, (signer or self._key) if signed else None)
 
     def serve(self, release: str) -> None:
         """Serve another suite, or another's updates, with no packages at first."""
-        self._packages[release] = {}
+        self._packages[release] = _no_packages()
         self.publish(release=release)
 
     @contextmanager
@@ -118,7 +126,17 @@ class DebianRepository:
             self._faults.remove(record)
             over.set()
 
+    def after(self, end: str, act: Callable[[], None]) -> None:
+        """Do something once, when a path that ends like this has been answered."""
+        self._acts.append((end, act))
+
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self._answer(request)
+        for each in [each for each in self._acts if request.path.endswith(each[0])]:
+            self._acts.remove(each)
+            each[1]()
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
         self.requests.append(request.path)
         body = self.files.get(request.path)
         fault, over = None, threading.Event()
@@ -152,22 +170,29 @@ class DebianRepository:
         """Write the Packages files and the Release file of a suite."""
         dists = f"{_base(release)}/dists/{release}"
         for path in [path for path in self.files if path.startswith(f"{dists}/")]:
-            del self.files[path]
+            if "/by-hash/" not in path:
+                del self.files[path]
         listed = []
-        for architecture in ARCHITECTURES:
+        for architecture in self.architectures:
             packages = "\n".join(
-                self._paragraph(release, deb, architecture) for deb in self._packages[release].values()
+                self._paragraph(release, deb, architecture)
+                for deb in self._packages[release][architecture].values()
             ).encode()
             compressed = lzma.compress(packages)
-            self.files[f"{dists}/main/binary-{architecture}/Packages.xz"] = compressed
+            folder = f"{dists}/main/binary-{architecture}"
+            self.files[f"{folder}/Packages.xz"] = compressed
             for name, content in (("Packages", packages), ("Packages.xz", compressed)):
                 digest = hashlib.sha256(content).hexdigest()
                 listed.append(f" {digest} {len(content)} main/binary-{architecture}/{name}\n")
+                if self.by_hash:
+                    self.files[f"{folder}/by-hash/SHA256/{digest}"] = content
         # apt takes no index that isn't newer than the one it has.
         date = (_START + timedelta(seconds=self._updates)).strftime("%a, %d %b %Y %H:%M:%S UTC")
         text = (
             f"Origin: Tests\nLabel: Tests\nSuite: {release}\nCodename: {release}\nDate: {date}\n"
-            f"Architectures: all {' '.join(ARCHITECTURES)}\nComponents: main\nSHA256:\n{''.join(listed)}"
+            f"Acquire-By-Hash: {'yes' if self.by_hash else 'no'}\n"
+            f"Architectures: all {' '.join(self.architectures)}\nComponents: main\n"
+            f"SHA256:\n{''.join(listed)}"
         ).encode()
         if signer is None:
             self.files[f"{dists}/Release"] = text
@@ -181,6 +206,10 @@ class DebianRepository:
             f"{deb.control(architecture)}Filename: {path.removeprefix(f'{_base(release)}/')}\n"
             f"Size: {len(content)}\nSHA256: {hashlib.sha256(content).hexdigest()}\n"
         )
+
+
+def _no_packages() -> dict[str, dict[str, Deb]]:
+    return {each: {} for each in ARCHITECTURES}
 
 
 def _base(release: str) -> str:

@@ -29,7 +29,8 @@ class Limits:
     """What one run may take.
 
     In all `timeout` seconds, and `silence` seconds without output (None: any number); `memory` bytes of data
-    for each process (0: any amount); `output` bytes of stdout. Of stderr the last `complaint` bytes are kept.
+    for each process (0: any amount); `output` bytes of stdout; `file_size` bytes in each file that it writes
+    (0: any number). Of stderr the last `complaint` bytes are kept.
     """
 
     timeout: float
@@ -37,6 +38,7 @@ class Limits:
     memory: int = 0
     output: int = 256 << 20
     complaint: int = 1 << 20
+    file_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ async def run(
         _limit_time(process.pid, limits.timeout)
         if limits.memory:
             _limit_memory(process.pid, limits.memory)
+        if limits.file_size:
+            with suppress(ProcessLookupError):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
         return await _finish(process, limits, stdin, on_output)
     except BaseException as error:
         await _stop(process)

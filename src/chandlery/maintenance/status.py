@@ -72,7 +72,7 @@ _PARTS: tuple[tuple[str, str, tuple[str, ...], Callable[[Path], Iterator[Path]]]
     ("blobs", "blobs", ("blobs",), lambda folder: folder.glob("blobs/sha256/*/*")),
     ("Nix store", "store paths", ("nix", "nix-stores"), lambda folder: _store_paths(folder)),
     ("build index", "files", ("build-index-*",), lambda folder: folder.glob("build-index-*")),
-    ("package indexes", "indexes", ("debian",), lambda folder: folder.glob("debian/*/current")),
+    ("package indexes", "indexes", ("debian",), lambda folder: folder.glob("debian/suites/*/current")),
     ("source trees", "trees", ("sources",), lambda folder: folder.glob("sources/*/*/source")),
     ("popularity tables", "tables", ("popularity",), lambda folder: folder.glob("popularity/*.zst")),
     ("logs", "logs", ("builds",), lambda folder: folder.glob("builds/*.log")),

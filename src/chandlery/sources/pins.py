@@ -185,14 +185,13 @@ class Pins:
         Raises what went wrong with one of `always` that has no pin.
         """
         now = self._clock()
-        recent = now - max(_RECENT, _RECENT_LIFETIMES * self._limits.lifetime)
         pins = await self._store.pins()
         attempts: dict[str, asyncio.Task[Pin]] = {}
         for reference in dict.fromkeys([*always, *pins]):
             known = pins.get(reference)
             if known is not None and 0 <= now - known.resolved < _RENEWAL * max_age:
                 continue
-            if reference in always or (known is not None and known.used >= recent):
+            if reference in always or self._was_used_lately(known):
                 attempt = self._attempts.get(reference)
                 if attempt is None and self._failures.get(reference) is None:
                     attempt = self._begin(reference, _pin(known))
@@ -205,6 +204,11 @@ class Pins:
             if failure is not None and await self._store.pin(reference) is None:
                 raise failure
 
+    async def in_use(self, references: Sequence[str]) -> list[str]:
+        """Return those of some references that have a pin and were used lately."""
+        pins = await self._store.pins()
+        return [each for each in references if self._was_used_lately(pins.get(each))]
+
     async def close(self) -> None:
         """Stop what is being resolved."""
         tasks = [each.task for each in self._attempts.values()]
@@ -212,6 +216,10 @@ class Pins:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    def _was_used_lately(self, pin: StoredPin | None) -> bool:
+        recent = self._clock() - max(_RECENT, _RECENT_LIFETIMES * self._limits.lifetime)
+        return pin is not None and pin.used >= recent
 
     async def _state(self, reference: str, asked: float) -> _Fresh | _Stale | _Missing | _Outdated:
         """Return how a reference stands that somebody asked for, once it isn't being resolved any more."""

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "nix/nix/store/aaa-git/bin/git", b"2" * LARGE)
     write(tmp_path / "nix/nix/store/aaa-git.drv", b"Derive()")
     write(tmp_path / "nix/nix/var/nix/db/db.sqlite", b"3" * LARGE)
-    write(tmp_path / "debian/bookworm-amd64/current", b"revision")
+    write(tmp_path / "debian/suites/bookworm/current", b"revision")
     write(tmp_path / "sources/path-x/revision/source/default.nix", b"{}")
     write(tmp_path / "popularity/x.json.zst", b"table")
     write(tmp_path / "builds/20240101-120000-0123abcd.log", b"made\n")

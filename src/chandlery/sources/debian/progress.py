@@ -45,6 +45,11 @@ class FetchProgress:
             percent, file = said[-1]
             self._fields = {"percent": round(float(percent)), "file": file.decode()}
 
+    def begins(self, piece: bytes) -> None:
+        """Take in what apt writes while it is not known yet how much there is to fetch."""
+        self.heard(piece)
+        self._fields.pop("percent", None)
+
     def reading(self) -> None:
         """Note that all is fetched, and it is computed what the packages need."""
         self._work, self._fields = "reading the debian index", {}

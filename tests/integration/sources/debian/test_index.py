@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 
 from chandlery.errors import SourceUnavailableError
 from chandlery.sources.debian.index import (
-    KEPT_SNAPSHOTS,
+    KEPT_REVISIONS,
+    ArchitectureNotFoundError,
     DebianIndex,
     DebianMirrors,
-    keep_snapshot,
     load_aliases,
 )
 from chandlery.sources.debian.progress import FetchProgress
@@ -31,6 +31,7 @@ from tests.support.debian_repository import (
     debian_repository,
     new_key,
 )
+from tests.support.debian_snapshots import packages_file, put, state_of
 from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
 from tests.support.processes import running
 from tests.support.tasks import all_others_ended, until
@@ -392,20 +393,14 @@ print((asyncio.run(index.refresh()).snapshot / "names.txt").read_text())
 # Locks on disk
 
 
-def packages_file(*names: str) -> str:
-    return "\n\n".join(
-        f"Package: {name}\nVersion: 1\nFilename: {name}.deb\nSHA256: {'0' * 64}" for name in names
-    )
-
-
 def an_index(folder: Path) -> DebianIndex:
     return DebianIndex(folder, SUITE, "amd64", DebianMirrors())
 
 
 def test_a_revision_does_not_depend_on_the_mirrors(tmp_path: Path) -> None:
-    index, texts = an_index(tmp_path), [packages_file("bash")]
-    first, _ = keep_snapshot(tmp_path, texts, ["http://one.localhost"])
-    second, _ = keep_snapshot(tmp_path, texts, ["http://two.localhost"])
+    index, text = an_index(tmp_path), packages_file("bash")
+    first = put(tmp_path, text, mirror="http://one.localhost")
+    second = put(tmp_path, text, mirror="http://two.localhost")
 
     assert first == second
     pinned = index.at(first)
@@ -414,7 +409,7 @@ def test_a_revision_does_not_depend_on_the_mirrors(tmp_path: Path) -> None:
 
 
 def test_what_is_no_kept_revision_is_not_found(tmp_path: Path) -> None:
-    revision, _ = keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
+    revision = put(tmp_path, packages_file("bash"))
     index = an_index(tmp_path)
 
     assert index.at(revision[:12]) == index.current()
@@ -423,15 +418,14 @@ def test_what_is_no_kept_revision_is_not_found(tmp_path: Path) -> None:
 
 
 def test_the_latest_locks_are_kept_and_older_ones_removed(tmp_path: Path) -> None:
-    revision, _ = keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
-    others = [f"{number:064x}" for number in range(KEPT_SNAPSHOTS)]
+    revision = put(tmp_path, packages_file("bash"))
+    others = [f"{number:064x}" for number in range(KEPT_REVISIONS)]
     for age, other in enumerate(others):
-        (tmp_path / "locks" / other).mkdir()
-        (tmp_path / "locks" / other / "popularity.json").touch()
-        os.utime(tmp_path / "locks" / other, (time.time() - age, time.time() - age))
+        (tmp_path / "revisions" / other / "amd64").mkdir(parents=True)
+        os.utime(tmp_path / "revisions" / other, (time.time() - age, time.time() - age))
     # One that comes back is the latest.
-    os.utime(tmp_path / "locks" / revision, (0, 0))
-    keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
+    os.utime(tmp_path / "revisions" / revision, (0, 0))
+    put(tmp_path, packages_file("bash"))
 
     index = an_index(tmp_path)
     assert [other for other in others if index.at(other)] == others[:-1]
@@ -441,59 +435,255 @@ def test_the_latest_locks_are_kept_and_older_ones_removed(tmp_path: Path) -> Non
 def test_the_locks_that_images_need_are_removed_last_and_of_those_the_least_wanted_first(
     tmp_path: Path,
 ) -> None:
-    revisions = [f"{number:064x}" for number in range(KEPT_SNAPSHOTS + 1)]
+    revisions = [f"{number:064x}" for number in range(KEPT_REVISIONS + 1)]
     for age, revision in enumerate(revisions):
-        (tmp_path / "locks" / revision).mkdir(parents=True)
-        (tmp_path / "locks" / revision / "popularity.json").touch()
-        os.utime(tmp_path / "locks" / revision, (time.time() - 1000 - age, time.time() - 1000 - age))
+        (tmp_path / "revisions" / revision / "amd64").mkdir(parents=True)
+        os.utime(tmp_path / "revisions" / revision, (time.time() - 1000 - age, time.time() - 1000 - age))
     index = an_index(tmp_path)
     index.keep([*revisions[:0:-1], "f" * 64])
-    new, _ = keep_snapshot(tmp_path, [packages_file("bash")], ["-"])
+    new = put(tmp_path, packages_file("bash"))
 
     assert [other for other in revisions if not index.at(other)] == revisions[:2]
     assert index.at(new) is not None
 
 
-def is_whole(folder: Path, texts: Sequence[str]) -> bool:
-    """Return whether the snapshot of these Packages files is the one in force, with all of its files."""
-    packages = (each for number, text in enumerate(texts) for each in parse_packages(text, number))
-    snapshot = DebianSnapshot.of(packages, load_aliases())
+def is_whole(folder: Path, text: str) -> bool:
+    """Return whether the snapshot of a Packages file is the one in force, with all of its files."""
+    snapshot = DebianSnapshot.of(parse_packages(text, 0), load_aliases())
     pinned = an_index(folder).current()
     assert pinned is not None
     on_disk = {path.name: path.read_bytes() for path in pinned.snapshot.iterdir()}
     files = {**dict(snapshot.files()), "popularity.json": snapshot.popularity().encode()}
-    return pinned.revision == snapshot.revision() and on_disk == files
+    return pinned.revision == state_of(text, "amd64").revision(load_aliases()) and on_disk == files
 
 
 def test_a_kill_while_a_lock_is_made_leaves_the_old_one_in_force_and_nothing_in_the_way(
     tmp_path: Path,
 ) -> None:
-    old, new = [packages_file("old")], [packages_file("new")]
-    keep_snapshot(tmp_path, old, ["-"])
+    old, new = packages_file("old"), packages_file("new")
+    put(tmp_path, old)
     script = (
-        "import sys; from pathlib import Path; from chandlery.sources.debian.index import keep_snapshot; "
-        "keep_snapshot(Path(sys.argv[1]), sys.argv[2:], ['-'])"
+        "import sys; from pathlib import Path; from tests.support.debian_snapshots import put; "
+        "put(Path(sys.argv[1]), sys.argv[2])"
     )
-    half_made = tmp_path / "lock.new"
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), *new]) as process:
+    half_made = tmp_path / "snapshot.new"
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), new]) as process:
         while not half_made.exists() or len(os.listdir(half_made)) < 100:
             assert process.poll() is None
         process.kill()
 
     assert half_made.exists()
     assert is_whole(tmp_path, old)
-    keep_snapshot(tmp_path, new, ["-"])
+    put(tmp_path, new)
     assert is_whole(tmp_path, new)
 
 
 def test_a_kill_between_making_a_lock_and_naming_it_leaves_the_old_one_in_force(tmp_path: Path) -> None:
-    old, new = [packages_file("old")], [packages_file("new")]
-    keep_snapshot(tmp_path, old, ["-"])
+    old, new = packages_file("old"), packages_file("new")
+    put(tmp_path, old)
     named = (tmp_path / "current").read_bytes()
-    keep_snapshot(tmp_path, new, ["-"])
+    put(tmp_path, new)
     (tmp_path / "current").write_bytes(named)
     (tmp_path / "current.new").write_bytes(b"half")
 
     assert is_whole(tmp_path, old)
-    keep_snapshot(tmp_path, new, ["-"])
+    put(tmp_path, new)
     assert is_whole(tmp_path, new)
+
+
+# One revision of all architectures
+
+
+@pytest.fixture
+def other(tmp_path: Path, repository: DebianRepository) -> DebianIndex:
+    """Return the same suite for another architecture, whose packages are others."""
+    repository.publish(Deb("libc6", architecture="any"))
+    return DebianIndex(tmp_path / "index", SUITE, "arm64", repository.mirrors)
+
+
+async def test_all_architectures_have_one_revision_and_each_has_its_packages(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    repository.publish(Deb("microcode", architecture="any"), architectures=["amd64"])
+
+    amd64 = await index.refresh(max_age=3600.0)
+    assert not any("binary-arm64" in path for path in repository.requests)
+    assert other.current() is None
+    arm64 = await other.refresh(max_age=3600.0)
+
+    assert arm64.revision == amd64.revision
+    assert other.current() == other.at(amd64.revision) == arm64
+    assert "microcode" in names(index)
+    assert "microcode" not in names(other)
+    # What the Release files list is fetched once.
+    assert repository.requests.count(f"/debian/dists/{SUITE}/InRelease") == 1
+
+
+@pytest.mark.parametrize("release", [SUITE, UPDATES, SECURITY])
+async def test_a_change_of_one_architecture_is_a_new_revision_of_all(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex, release: str
+) -> None:
+    before = await index.refresh()
+    await other.refresh(max_age=3600.0)
+    repository.requests.clear()
+    repository.publish(Deb("firmware", architecture="any"), release=release, architectures=["arm64"])
+
+    after = await index.refresh(also=["arm64"])
+
+    assert after.revision != before.revision
+    assert other.current() == other.at(after.revision) != other.at(before.revision)
+    assert "firmware" in names(other)
+    # The one file that is another.
+    [fetched] = [path for path in repository.requests if "/binary-" in path]
+    assert fetched.endswith(f"/dists/{release}/main/binary-arm64/Packages.xz")
+
+
+async def test_machines_that_see_the_same_packages_agree_on_the_revision(
+    tmp_path: Path, repository: DebianRepository, index: DebianIndex
+) -> None:
+    """Whichever architecture each has fetched, and whenever its mirror was signed."""
+    mine = await index.refresh()
+    repository.publish()
+    theirs = await DebianIndex(tmp_path / "elsewhere", SUITE, "arm64", repository.mirrors).refresh()
+    assert theirs.revision == mine.revision
+
+
+async def test_an_architecture_is_fetched_later_at_the_same_revision_though_the_mirror_has_moved_on(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    repository.by_hash = True
+    repository.publish()
+    amd64 = await index.refresh()
+    repository.publish(Deb("new"))
+
+    arm64 = await other.refresh(max_age=3600.0)
+
+    assert arm64.revision == amd64.revision
+    assert "new" not in names(other)
+
+
+async def test_where_a_mirror_keeps_nothing_by_hash_all_architectures_move_on_with_it(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    before = await index.refresh()
+    repository.publish(Deb("new"))
+
+    arm64 = await other.refresh(max_age=3600.0, also=["amd64"])
+
+    assert arm64.revision != before.revision
+    amd64 = index.current()
+    assert amd64 is not None
+    assert amd64.revision == arm64.revision
+    assert {"new"} <= set(names(index)) & set(names(other))
+
+
+async def test_a_mirror_that_lists_files_by_hash_and_has_none_is_asked_for_them_by_name(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    repository.by_hash = True
+    repository.publish(Deb("new"))
+    for path in [path for path in repository.files if "/by-hash/" in path]:
+        del repository.files[path]
+    await index.refresh()
+    assert "new" in names(index)
+
+
+async def test_an_older_revision_is_completed_with_another_architecture(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    repository.by_hash = True
+    repository.publish()
+    first = await index.refresh()
+    repository.publish(Deb("new"))
+    second = await index.refresh()
+
+    assert other.revision(first.revision[:16]) == first.revision
+    assert other.at(first.revision) is None
+    await other.make(first.revision)
+
+    made = other.at(first.revision)
+    assert made is not None
+    assert "new" not in (made.snapshot / "names.txt").read_text().splitlines()
+    assert index.current() == second
+
+
+async def test_a_revision_is_in_force_only_with_all_architectures_that_are_in_use(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    before = await index.refresh()
+    await other.refresh(max_age=3600.0)
+    repository.publish(Deb("new"))
+    with repository.misbehaving(Fault.NOT_FOUND, "main/binary-arm64/Packages.xz"):
+        with pytest.raises(SourceUnavailableError, match="404"):
+            await index.refresh(also=["arm64"])
+        assert index.current() == before
+        assert other.current() == other.at(before.revision)
+        # Without anybody who uses the other, it keeps nobody from what is new.
+        await index.refresh()
+    assert "new" in names(index)
+
+
+async def test_an_architecture_that_the_suite_has_no_longer_keeps_nobody_from_what_is_new(
+    repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    await index.refresh()
+    await other.refresh(max_age=3600.0)
+    repository.architectures = ("amd64",)
+    repository.publish(Deb("new"))
+    await index.refresh(also=["arm64"])
+    assert "new" in names(index)
+    with pytest.raises(ArchitectureNotFoundError, match=f"no packages of {SUITE} for arm64"):
+        await other.refresh(max_age=3600.0)
+
+
+async def test_a_mirror_that_is_changed_between_its_release_files_and_its_packages_is_asked_once_more(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    repository.after(f"/dists/{SECURITY}/InRelease", lambda: repository.publish(Deb("new")))
+    await index.refresh()
+    assert "new" in names(index)
+
+
+async def test_a_mirror_that_sends_more_than_is_listed_is_stopped(
+    repository: DebianRepository, index: DebianIndex
+) -> None:
+    repository.files[f"/debian/dists/{SUITE}/{PACKAGES_OF_AMD64}"] += bytes(50 << 20)
+    await fails(index, "apt said: ")
+    written = sum(path.stat().st_size for path in index._folder.rglob("*") if path.is_file())
+    assert written < 1 << 20
+
+
+async def test_of_another_mirror_nothing_is_taken_from_the_one_before(
+    tmp_path: Path, repository: DebianRepository, index: DebianIndex
+) -> None:
+    await index.refresh()
+    with debian_repository(tmp_path) as moved:
+        moved.publish(Deb("moved"))
+        pinned = await DebianIndex(tmp_path / "index", SUITE, "amd64", moved.mirrors).refresh()
+    assert pinned.mirrors[0] == moved.mirrors.main
+    assert "moved" in names(index)
+    assert "git" not in names(index)
+
+
+def test_a_kill_while_an_architecture_is_added_leaves_the_others_as_they_were(
+    tmp_path: Path, repository: DebianRepository, index: DebianIndex, other: DebianIndex
+) -> None:
+    before = asyncio.run(index.refresh())
+    script = f"""
+import asyncio, sys
+from pathlib import Path
+from chandlery.sources.debian.index import DebianIndex, DebianMirrors
+index = DebianIndex(Path({str(tmp_path / "index")!r}), {SUITE!r}, "arm64", DebianMirrors(*sys.argv[1:]))
+asyncio.run(index.refresh(max_age=3600.0))
+"""
+    mirrors = repository.mirrors
+    command = [sys.executable, "-c", script, mirrors.main, mirrors.security, mirrors.keyring]
+    with (
+        repository.misbehaving(Fault.STALL, "binary-arm64/Packages.xz") as met,
+        subprocess.Popen(command) as process,
+    ):
+        met.wait()
+        process.kill()
+    assert index.current() == before
+    assert other.current() is None
+    assert asyncio.run(other.refresh(max_age=3600.0)).revision == before.revision
