@@ -91,6 +91,15 @@ class BuildIndexContract:
         assert await index.use_image(GIT.key) == an_image("git")
         assert await index.use_image(key_of("other")) is None
 
+    async def test_an_image_that_is_only_asked_for_is_not_used(self, index: BuildIndex, clock: Clock) -> None:
+        await index.remember_image(GIT, an_image("git"))
+        (before,) = await index.least_recently_used()
+        clock.now += 1e6
+        assert await index.image(GIT.key) == an_image("git")
+        assert await index.least_recently_used() == [before]
+        await index.forget_image(GIT.key, float("inf"))
+        assert await index.image(GIT.key) is await index.image(key_of("other")) is None
+
     async def test_an_image_that_has_a_layer_twice_comes_back_equal(self, index: BuildIndex) -> None:
         image = an_image("git", "base", "git", "base")
         await index.remember_image(GIT, image)

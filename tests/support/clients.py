@@ -314,6 +314,16 @@ class Skopeo:
         options = ("--src-creds", credentials) if credentials else ()
         return self._skopeo("copy", "--src-tls-verify=false", *options, f"docker://{image}", destination)
 
+    def copy_all(self, image: str, destination: str) -> str:
+        """Copy the images of all platforms."""
+        options = ("--all", "--src-tls-verify=false")
+        return self._skopeo("copy", *options, f"docker://{image}", destination)
+
+    def sync(self, repository: str, folder: Path) -> str:
+        """Copy all tags of a repository, with the images of all platforms, each to a folder of its own."""
+        options = ("--all", "--src-tls-verify=false", "--src", "docker", "--dest", "dir")
+        return self._skopeo("sync", *options, repository, str(folder))
+
     def inspect(self, image: str) -> dict[str, Any]:
         return dict(json.loads(self._skopeo("inspect", "--tls-verify=false", f"docker://{image}")))
 

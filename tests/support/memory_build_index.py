@@ -39,6 +39,10 @@ class MemoryBuildIndex:
     async def use_image(self, key: str) -> BuiltImage | None:
         return self.images[key].image if await self.remember_use(key) else None
 
+    async def image(self, key: str) -> BuiltImage | None:
+        known = self.images.get(key)
+        return known.image if known and known.kept else None
+
     async def remember_image(self, recipe: Recipe, image: BuiltImage) -> None:
         before = self.images.get(recipe.key)
         tags = before.tags if before else set()

@@ -28,21 +28,18 @@ from chandlery.builds.popularity_tables import PopularityTables
 from chandlery.builds.recipe import BuildOptions, Recipe
 from chandlery.builds.resolver import PackageResolver
 from chandlery.builds.stores import Stores
+from chandlery.builds.tags import LACKING, TagLists
 from chandlery.builds.wanted_collection import WantedCollection
 from chandlery.errors import (
-    BuildError,
     BuildPendingError,
-    BuildTooLargeError,
     ChandleryError,
     DownloadError,
-    EvaluationError,
     LowDiskError,
-    NotFoundError,
     PinPendingError,
     PullDeniedError,
-    UnsupportedEntryError,
+    SourceUnavailableError,
 )
-from chandlery.image.name import LATEST, ImageRequest
+from chandlery.image.name import ImageRequest
 from chandlery.machine.deadline import NO_DEADLINE, Deadline
 from chandlery.machine.free_disk import free_bytes
 from chandlery.nix.pinned_source import PinnedSource
@@ -73,8 +70,8 @@ _MOST_NOTED_TAGS, _NOTED = 10_000, 60.0
 
 _NO_TABLE = Popularity()
 
-# What a platform lacks that other platforms may have: it is left out of an index then.
-_LACKING = (NotFoundError, EvaluationError, BuildError, BuildTooLargeError, UnsupportedEntryError)
+# How often all platforms are pulled because their source has moved between one and the next.
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +117,7 @@ class _PlatformFailure:
     @property
     def is_lacking(self) -> bool:
         """Whether other platforms may have what this one lacks."""
-        return isinstance(self.error, _LACKING)
+        return isinstance(self.error, LACKING)
 
     @property
     def urgency(self) -> int:
@@ -165,6 +162,9 @@ class Images:
         )
         self._evaluations = Evaluations(capacity.queue.running, capacity.queue.admit)
         self._noted_tags: TTLCache[tuple[str, str, str], bool] = TTLCache(_MOST_NOTED_TAGS, _NOTED)
+        self._tag_lists = TagLists(
+            *(sources, stores.index, self._permissions), recipe=self._recipe_now, evaluate=self._evaluate
+        )
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -274,27 +274,12 @@ class Images:
         deadline: Deadline = NO_DEADLINE,
         permission: Permission = EVERYTHING,
     ) -> Sequence[str]:
-        """Return the tags that an image has, for who has the permission to pull them.
+        """Return the tags by which an image can be pulled with the permission, see `TagLists`.
 
         What has to be evaluated for that counts for the `client` like a build; see `pull`. Raises
         `PackagesNotFoundError` when it can't have any, and `PullDeniedError`.
         """
-        source = self._sources.of(request.source)
-        async with _pending(request.name, source.text, deadline):
-            pin = await source.pin(LATEST, request.platform)
-        asked = pin, request.platform.nix_system, request.all_packages
-        with told_to(permission, request):
-            if not await self._resolver.remembers(*asked):
-                evaluate = partial(self._resolver.resolve, *asked)
-                await self._evaluations.wait(asked, evaluate, request.name, client, deadline)
-            await self._permissions.check(permission, pin, request)
-        if not permission.rule.restricts:
-            return sorted({LATEST, pin.tag, *await self._stores.index.tags(request.name)})
-        found = {LATEST, pin.tag}
-        for tag, recipe in await self._stores.index.tagged(request.name):
-            if await self._permissions.permits(permission, request, tag, recipe):
-                found |= {tag, recipe.pin.tag}
-        return sorted(found)
+        return await self._tag_lists.tags(request, client, deadline, permission)
 
     async def needs(self, request: ImageRequest, digest: Digest, permission: Permission = EVERYTHING) -> bool:
         """Return whether an image of this name was made that needs a blob, at whatever revision.
@@ -320,16 +305,7 @@ class Images:
         permission: Permission,
     ) -> Pulled:
         """Build the images of all platforms, and list those in an index whose packages there are."""
-
-        async def of_platform(platform: Platform) -> _PlatformImage | _PlatformFailure:
-            try:
-                return await self._platform_image(
-                    replace(request, platform=platform), client, deadline, permission
-                )
-            except ChandleryError as error:
-                return _PlatformFailure(platform, error)
-
-        results = await asyncio.gather(*map(of_platform, platforms))
+        results = await self._at_one_revision(request, platforms, client, deadline, permission)
         found = [each for each in results if isinstance(each, _PlatformImage)]
         failures = [each for each in results if isinstance(each, _PlatformFailure)]
         if not found or not all(each.is_lacking for each in failures):
@@ -354,6 +330,35 @@ class Images:
             recipes=tuple(each.recipe for each in found),
         )
 
+    async def _at_one_revision(
+        self,
+        request: ImageRequest,
+        platforms: Sequence[Platform],
+        client: str,
+        deadline: Deadline,
+        permission: Permission,
+    ) -> Sequence["_PlatformImage | _PlatformFailure"]:
+        """Build the images of all platforms; once more if their source moved in between."""
+
+        async def of_platform(platform: Platform) -> _PlatformImage | _PlatformFailure:
+            try:
+                return await self._platform_image(
+                    replace(request, platform=platform), client, deadline, permission
+                )
+            except ChandleryError as error:
+                return _PlatformFailure(platform, error)
+
+        for _ in range(_ATTEMPTS):
+            results = await asyncio.gather(*map(of_platform, platforms))
+            pins = [each.recipe.pin for each in results if isinstance(each, _PlatformImage)]
+            if len(set(pins)) <= 1:
+                return results
+        if any(pin.stale for pin in pins):
+            # A Debian mirror that can't be asked: version 0.1 had kept a revision for each platform.
+            return results
+        source = self._sources.of(request.source).text
+        raise SourceUnavailableError(source, "it has moved each time that its platforms were pulled")
+
     async def _put_index(
         self, manifest_format: ManifestFormat, found: Sequence[_PlatformImage]
     ) -> Descriptor:
@@ -372,23 +377,42 @@ class Images:
     ) -> _PlatformImage:
         """Return the image of one platform at what its source is pinned to now."""
         source = self._sources.of(request.source)
-        await self._permissions.check_tag(permission, request)
-        async with _pending(request.name, source.text, deadline):
-            pin = await source.pin(request.reference, request.platform)
-            await self._permissions.check_tag(permission, request, pin)
-        recipe = await self._recipe(pin, request)
+        recipe = await self._recipe_now(request, deadline, permission)
         try:
             image = await self._carried_out(recipe, client, deadline, permission)
         except DownloadError:
             # A mirror drops what a newer index has replaced, so see whether there is one.
             async with _pending(request.name, source.text, deadline):
                 await source.refresh(_RETRY_AGE)
-                newer = await source.pin(request.reference, request.platform)
-            if newer == pin:
+            newer = await self._recipe_now(request, deadline, permission)
+            if newer.pin == recipe.pin:
                 raise
-            recipe = await self._recipe(newer, request)
+            recipe = newer
             image = await self._carried_out(recipe, client, deadline, permission)
         return _PlatformImage(request.platform, recipe, image)
+
+    async def _recipe_now(
+        self, request: ImageRequest, deadline: Deadline, permission: Permission = EVERYTHING
+    ) -> Recipe:
+        """Return what an image is made from at what its tag means now, if that may be chosen."""
+        source = self._sources.of(request.source)
+        await self._permissions.check_tag(permission, request)
+        async with _pending(request.name, source.text, deadline):
+            pin = await source.pin(request.reference, request.platform)
+            await self._permissions.check_tag(permission, request, pin)
+        return await self._recipe(pin, request)
+
+    async def _evaluate(
+        self, recipe: Recipe, client: str, deadline: Deadline, permission: Permission
+    ) -> None:
+        """See that the packages of a recipe can be resolved, and may be pulled; see `pull`."""
+        request = recipe.request
+        asked = recipe.pin, request.platform.nix_system, request.all_packages
+        with told_to(permission, request):
+            if not await self._resolver.remembers(*asked):
+                evaluate = partial(self._resolver.resolve, *asked)
+                await self._evaluations.wait(asked, evaluate, request.name, client, deadline)
+            await self._permissions.check(permission, recipe.pin, request)
 
     async def _recipe(self, pin: PinnedSource, request: ImageRequest) -> Recipe:
         """Return what an image is made from; where the package set has no table, it is the operator's."""

@@ -62,6 +62,10 @@ class ImageRecords(Protocol):
         """
         ...
 
+    async def image(self, key: str) -> BuiltImage | None:
+        """Return the image of a recipe's key, if it is kept; to ask for it is no use of it."""
+        ...
+
     async def remember_image(self, recipe: Recipe, image: BuiltImage) -> None:
         """Remember an image whose blobs are all durable, its recipe, its name and its tags."""
         ...

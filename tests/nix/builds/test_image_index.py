@@ -23,6 +23,7 @@ from chandlery.image.name import NamePrefixes
 from chandlery.machine.deadline import NO_DEADLINE, Deadline
 from chandlery.maintenance.repaired_blobs import RepairedBlobs
 from chandlery.nix.pinned_source import PinnedSource
+from chandlery.oci.digest import Digest
 from chandlery.oci.documents import DOCKER_MANIFEST_LIST, OCI_INDEX, ManifestFormat, Platform
 from chandlery.sources.package_source import PackageSource
 from tests.support.nix_package_set import source_of
@@ -68,6 +69,7 @@ class BothPlatforms:
         self.answers = asyncio.Event()
         self.answers.set()
         self.errors: dict[Platform, Exception] = {}
+        self.others: dict[str, PinnedSource] = {}  # what other tags than the latest mean
 
     def serves(self, location: str) -> bool:
         return location == self.location
@@ -79,10 +81,19 @@ class BothPlatforms:
         await self.answers.wait()
         if platform in self.errors:
             raise self.errors[platform]
+        if reference not in ("latest", self._pin.tag):
+            if reference not in self.others:
+                raise ReferenceNotFoundError(self.text, reference, "there is latest")
+            return self.others[reference]
         return replace(self._pin, stale=self.stale)
 
     def chosen_by(self, reference: str, pin: PinnedSource | None = None) -> str:
         return ""
+
+    def move(self, pin: PinnedSource) -> None:
+        """Be at another revision from now on; the tag of the one before goes on meaning it."""
+        self.others[self._pin.tag] = self._pin
+        self._pin = pin
 
     async def at(self, revision: str, platform: Platform) -> PinnedSource | None:
         return self._pin if revision == self._pin.revision else None
@@ -111,8 +122,8 @@ async def shop(folder: Path, source: BothPlatforms) -> AsyncIterator[Workshop]:
         yield workshop
 
 
-async def pull(shop: Workshop, name: str, timeout: float | None = None) -> Pulled:
-    request = image_name.parse(name, "latest", NAME_PREFIXES)
+async def pull(shop: Workshop, name: str, timeout: float | None = None, reference: str = "latest") -> Pulled:
+    request = image_name.parse(name, reference, NAME_PREFIXES)
     return await shop.images.pull(request, deadline=Deadline.after(timeout), index=True)
 
 
@@ -240,3 +251,133 @@ async def test_both_platforms_are_built_at_once(shop: Workshop) -> None:
     pulls = [pull(shop, "everywhere/fails-on-arm64") for _ in range(5)]
     results = await asyncio.gather(*pulls)
     assert len({result.manifests[ManifestFormat.OCI].digest for result in results}) == 1
+
+
+# Tags
+
+
+async def listed(shop: Workshop, name: str) -> dict[str, list[str]]:
+    """Return the tags of a name, each with the platforms that are pulled by it."""
+    tags = await shop.images.tags(image_name.parse(name, "latest", NAME_PREFIXES))
+    pulled = {tag: document(shop, await pull(shop, name, reference=tag)) for tag in tags}
+    return {
+        tag: architectures(each) if "manifests" in each else [architecture_of(shop, each)]
+        for tag, each in pulled.items()
+    }
+
+
+def architecture_of(shop: Workshop, manifest: Mapping[str, Any]) -> str:
+    config = shop.blobs.path(Digest.parse(manifest["config"]["digest"]))
+    return str(json.loads(config.read_bytes())["architecture"])
+
+
+def another(folder: Path, text: str) -> PinnedSource:
+    """Return the package set at another revision, whose packages have another content."""
+    pin = source_of(folder / f"set-{text}", SET.replace("echo ${system}", f"echo {text} ${{system}}"))
+    return replace(pin, location="set")
+
+
+async def test_each_tag_that_is_listed_pulls_for_the_platforms_of_latest(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    first, second, third = another(folder, "1st"), another(folder, "2nd"), another(folder, "3rd")
+    source.move(first)
+    await pull(shop, "everywhere")
+    source.move(second)
+    await pull(shop, "amd64/everywhere")
+    source.move(third)
+    # Whatever was built, and for whom: the second has no image for arm64.
+    everywhere = await listed(shop, "everywhere")
+    assert {first.tag, third.tag, "latest"} <= everywhere.keys()
+    assert second.tag not in everywhere
+    assert all(platforms == ["amd64", "arm64"] for platforms in everywhere.values())
+    for name, has, has_not in [
+        ("arm64", {first.tag}, {second.tag}),
+        ("amd64", {first.tag, second.tag}, set()),
+    ]:
+        alone = await listed(shop, f"{name}/everywhere")
+        assert has | {"latest", third.tag} <= alone.keys()
+        assert not has_not & alone.keys()
+        assert all(platforms == [name] for platforms in alone.values())
+
+
+async def test_a_tag_is_not_listed_for_a_platform_whose_image_was_never_made(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    alone = await source.pin("latest", AMD64)
+    await pull(shop, "amd64/everywhere/no-licence-on-arm64")
+    source.move(another(folder, "fourth"))
+    name = "amd64/everywhere/no-licence-on-arm64"
+    assert alone.tag in await listed(shop, name)
+    assert alone.tag not in await listed(shop, "everywhere/no-licence-on-arm64")
+
+
+async def test_where_a_platform_is_left_out_tags_are_listed_that_leave_it_out_too(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    before = await source.pin("latest", AMD64)
+    await pull(shop, "only-amd64")
+    source.move(another(folder, "fifth"))
+    now = await source.pin("latest", AMD64)
+    found = await listed(shop, "only-amd64")
+    assert found.keys() == {"latest", before.tag, now.tag}
+    assert all(platforms == ["amd64"] for platforms in found.values())
+
+
+async def test_an_image_that_one_platform_lacked_then_is_not_listed_where_both_have_it_now(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    before = await source.pin("latest", AMD64)
+    await pull(shop, "fails-on-arm64")
+    mended = source_of(folder / "set-mended", SET.replace("exit 3", "echo ${system} > $out"))
+    source.move(replace(mended, location="set"))
+    found = await listed(shop, "fails-on-arm64")
+    assert before.tag not in found
+    assert found["latest"] == ["amd64", "arm64"]
+
+
+async def test_the_name_of_what_only_the_other_platform_has_has_tags(shop: Workshop) -> None:
+    assert "latest" in await listed(shop, "only-arm64")
+    with pytest.raises(PackagesNotFoundError):
+        await listed(shop, "amd64/only-arm64")
+
+
+async def test_a_tag_that_means_nothing_any_more_is_not_listed(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    source.others["branch"] = another(folder, "branch")
+    await pull(shop, "amd64/everywhere", reference="branch")
+    assert "branch" in await listed(shop, "amd64/everywhere")
+    # It is something else now, that nobody has built yet.
+    source.others["branch"] = another(folder, "moved")
+    assert "branch" not in await listed(shop, "amd64/everywhere")
+    del source.others["branch"]
+    assert "branch" not in await listed(shop, "amd64/everywhere")
+
+
+async def test_an_image_that_was_collected_has_no_tag_but_the_latest(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    pulled = await pull(shop, "amd64/everywhere")
+    source.move(another(folder, "after"))
+    assert pulled.pin.tag in await listed(shop, "amd64/everywhere")
+    await shop.index.forget_image(pulled.recipes[0].key, float("inf"))
+    assert pulled.pin.tag not in await listed(shop, "amd64/everywhere")
+
+
+async def test_an_index_is_of_one_revision_though_the_source_moves_between_its_platforms(
+    shop: Workshop, source: BothPlatforms, folder: Path
+) -> None:
+    newer = another(folder, "newer")
+
+    async def pin(reference: str, platform: Platform) -> PinnedSource:
+        found = await BothPlatforms.pin(source, reference, platform)
+        if found != newer:
+            source.move(newer)
+        return found
+
+    shop_source: Any = source
+    shop_source.pin = pin
+    pulled = await pull(shop, "everywhere")
+    assert {each.pin.revision for each in pulled.recipes} == {newer.revision}
+    assert len(pulled.recipes) == 2

@@ -109,13 +109,17 @@ class SqliteIndex:
 
     async def use_image(self, key: str) -> BuiltImage | None:
         """See `BuildIndex`; the use is written only if the last was written long enough ago."""
-        found = await self._look(lambda database: tables.image(database, key, self._known_layers), None)
+        found = await self._found(key)
         if found is None:
-            image: BuiltImage | None = self._unwritten_images.get(key)
-            return image
+            return self._unwritten_images.get(key)
         if not await self._used(key, found.last_used):
             return None
         return found.image
+
+    async def image(self, key: str) -> BuiltImage | None:
+        """See `BuildIndex`."""
+        found = await self._found(key)
+        return self._unwritten_images.get(key) if found is None else found.image
 
     async def remember_image(self, recipe: Recipe, image: BuiltImage) -> None:
         """See `BuildIndex`."""
@@ -242,6 +246,9 @@ class SqliteIndex:
         """Write to a new file what an older version remembers, once: it may have been collected since."""
         if not schema.was_moved_aside(self._path):
             migrations.carry_over(self._path.parent, database)
+
+    async def _found(self, key: str) -> tables.FoundImage | None:
+        return await self._look(lambda database: tables.image(database, key, self._known_layers), None)
 
     async def _used(self, key: str, last_used: float) -> bool:
         """Remember that an image is in use now; return whether it is kept, as far as is known."""
