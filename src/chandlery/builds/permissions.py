@@ -2,7 +2,7 @@
 
 `deny` is compared with all that a package is called at a pin, before anything is built for a client, and
 before a known image is given to it. At a pin that never changes. So it is found out once: the names are
-remembered with the resolutions, in the build index, and what follows for a rule in memory. Decision 12 says
+remembered with the resolutions, in the build index, and what follows for a rule in memory. Decision 13 says
 why (docs/decisions/0013-deny-is-about-what-a-name-turns-out-to-be.md).
 """
 
