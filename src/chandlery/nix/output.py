@@ -36,7 +36,8 @@ _BUILDER_FAILED = re.compile(
 )
 # Nix 2.26 has the process say it that was to become the builder.
 _NOT_STARTED = re.compile(r"^ *error: (executing '[^']+': .*)$", re.MULTILINE)
-_TIMED_OUT = re.compile(r"error: building of '([^'!^]+)[^']*' .*timed out after (\d+) seconds")
+# Nix 2.34 doesn't say which derivation it was.
+_TIMED_OUT = re.compile(r"error: (?:building of '([^'!^]+)[^']*' .*)?timed out after (\d+) seconds")
 # A line that ends with "retrying" is not the last word.
 _DOWNLOAD_FAILED = re.compile(
     r"^ *error: (unable to download (?!.* retrying in).*|hash mismatch in fixed-output derivation .*)",
@@ -106,7 +107,8 @@ def build_error(stderr: str, derivations: Sequence[str]) -> NixError | BuildErro
         return DownloadError(", ".join(map(package_name, derivations)), refused[1], tail)
     timed_out = _TIMED_OUT.search(stderr)
     if timed_out is not None:
-        return BuildTimeoutError(package_name(timed_out[1]), int(timed_out[2]), tail)
+        what = [timed_out[1]] if timed_out[1] else derivations
+        return BuildTimeoutError(", ".join(map(package_name, what)), int(timed_out[2]), tail)
     failed = _BUILDER_FAILED.search(stderr)
     if failed is not None:
         not_started = _NOT_STARTED.search(stderr)

@@ -103,9 +103,17 @@ def test_of_what_failed_the_first_is_named_with_its_exit_code(text: str) -> None
     assert not any("Output" in line or "last words" in line for line in error.log_tail[1:])
 
 
-def test_what_took_too_long_is_told_as_that() -> None:
-    text = f"error: building of '{P}!out' from .drv file timed out after 5 seconds"
-    assert isinstance(build_error(text, [P]), BuildTimeoutError)
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"error: building of '{P}!out' from .drv file timed out after 5 seconds",
+        said("error: timed out after 5 seconds", f"error: Cannot build '{P}'."),
+    ],
+)
+def test_what_took_too_long_is_told_as_that(text: str) -> None:
+    error = build_error(text, [P])
+    assert isinstance(error, BuildTimeoutError)
+    assert str(error).startswith("p could not be built: it was stopped after 5 s")
 
 
 @pytest.mark.parametrize(
