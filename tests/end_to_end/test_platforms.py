@@ -76,7 +76,7 @@ def test_an_image_tells_what_it_is_and_of_which_revision(skopeo: Skopeo, server:
     annotations = named(manifest["annotations"])
     assert annotations["title"] == "jq"
     assert annotations["description"] == f"jq {annotations['version']}"
-    assert annotations["source"] == "debian!bookworm"
+    assert annotations["source"] == "debian!trixie"
     assert annotations["revision"][:16] in skopeo.list_tags(
         server.image(f"{HOST}/jq").removesuffix(":latest")
     )
@@ -108,7 +108,7 @@ def configured(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         platforms = ["amd64"]
 
         [sources]
-        ours = "debian!bookworm"
+        ours = "debian!trixie"
 
         [profiles.jq-service]
         packages = ["jq"]
@@ -122,7 +122,7 @@ def configured(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         """
     )
     variables = {"CHANDLERY_SETTINGS": str(settings)}
-    with serving(server.data_dir, "debian!bookworm", folder / "log", variables=variables) as running:
+    with serving(server.data_dir, "debian!trixie", folder / "log", variables=variables) as running:
         yield running
 
 

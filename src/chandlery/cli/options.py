@@ -21,7 +21,7 @@ Source = Annotated[
     str | None,
     typer.Option(
         help="The package set, such as nixpkgs!nixos-unstable, git!URL!BRANCH or path!FOLDER; "
-        "or the name of one in the settings file. [default: debian!bookworm]",
+        "or the name of one in the settings file. [default: debian!trixie]",
         show_default=False,
     ),
 ]

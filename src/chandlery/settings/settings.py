@@ -134,7 +134,7 @@ class Settings(BaseModel):
     port: int = Field(8080, ge=1, le=65535, description="the port to listen on")
     workers: int = Field(1, ge=1, le=64, description="processes that answer requests")
 
-    source: str = Field("debian!bookworm", description="the package set, or the name of one of `sources`")
+    source: str = Field("debian!trixie", description="the package set, or the name of one of `sources`")
     sources: Mapping[NamePrefix, SourceSettings] = Field(
         default_factory=dict, description="package sets by name, which a prefix of an image name picks"
     )

@@ -60,7 +60,7 @@ def parse(
     """
     kind, separator, location = text.partition("!")
     if not separator or not location:
-        raise InvalidSourceError(text, f"write {_FORMS}, such as debian!bookworm")
+        raise InvalidSourceError(text, f"write {_FORMS}, such as debian!trixie")
     if kind not in KINDS:
         raise InvalidSourceError(text, f"{kind!r} is not a kind of source: write {_FORMS}")
     return KINDS[kind][1](_Place(text, location, folder, mirrors, options or SourceOptions(), nixpkgs, nix))

@@ -30,7 +30,7 @@ def settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteFile:
 def test_what_is_said_nowhere_has_a_default() -> None:
     settings = Settings.load()
     assert (settings.host, settings.port) == ("127.0.0.1", 8080)
-    assert settings.source == "debian!bookworm"
+    assert settings.source == "debian!trixie"
 
 
 def test_an_option_wins_over_the_environment_and_that_over_the_file(

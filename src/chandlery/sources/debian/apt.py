@@ -23,6 +23,9 @@ _TIMEOUT = 300.0  # seconds; apt gives up on a silent mirror long before
 _REPLACED = re.compile(rf"Hash Sum mismatch|\b404 +Not Found|received signal {signal.SIGXFSZ}\b")
 
 # No index targets: then `update` fetches no lists of packages, whatever the architecture.
+# apt 3 has the second; a machine that is older than the suite may lack its keys.
+_KEY_MISSING = re.compile("NO_PUBKEY|Missing key")
+
 _CONFIGURATION = """\
 #clear APT::Update::Pre-Invoke;
 #clear APT::Update::Post-Invoke;
@@ -184,6 +187,8 @@ class Apt:
             # Errors first: a warning may be about something else.
             said.sort(key=lambda line: line[0])
             reason = "; ".join(said[:4]) or f"exit code {finished.code}"
+            if _KEY_MISSING.search(complaint):
+                reason += ": install a newer debian-archive-keyring, or name the keys in debian_keyring"
             raise SourceUnavailableError(self._source, f"apt said: {reason}")
         return finished.stdout.decode(errors="replace")
 
