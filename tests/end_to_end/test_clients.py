@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -12,6 +11,7 @@ from chandlery.demo.sandbox import unpack
 from chandlery.oci.digest import Digest
 from chandlery.oci.documents import DOCKER_MANIFEST, OCI_MANIFEST
 from tests.support.clients import ClientError, Containerd, Docker, Engine, Podman, Skopeo
+from tests.support.layouts import ELF_AARCH64, blobs_of, machine_of
 from tests.support.running import Server, TlsServer
 
 # They use the server of conftest.py, as do other tests of this group.
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.xdist_group("daemons")
 
 # Names of large images choose their platform, lest two are built.
 TOOLS = "amd64/shell/git/jq/curl"
-_ELF_AARCH64 = 183  # e_machine, elf(5)
 _CURL_CERTIFICATE_ERROR = 60  # curl(1), "EXIT CODES"
 
 
@@ -185,38 +184,20 @@ def test_docker_loads_an_archive_that_skopeo_made(
 # Other architectures
 
 
-def machine_of(program: Path) -> int:
-    """Return the machine that an ELF file is for (elf(5), e_machine; 64 bits, little-endian)."""
-    return int.from_bytes(program.read_bytes()[18:20], "little")
-
-
-def blobs_of(layout: Path) -> Iterator[Path]:
-    """Yield the config of the one image in an OCI layout, and then its layers."""
-    [image] = json.loads((layout / "index.json").read_text())["manifests"]
-
-    def blob(digest: str) -> Path:
-        return layout / "blobs" / digest.replace(":", "/")
-
-    manifest = json.loads(blob(image["digest"]).read_text())
-    yield blob(manifest["config"]["digest"])
-    for layer in manifest["layers"]:
-        yield blob(layer["digest"])
-
-
 def test_skopeo_gets_an_arm64_image(skopeo: Skopeo, server: Server, tmp_path: Path) -> None:
     layout, root = tmp_path / "layout", tmp_path / "root"
     skopeo.copy(server.image("arm64/jq"), f"oci:{layout}:latest")
     config, *layers = blobs_of(layout)
     assert json.loads(config.read_text())["architecture"] == "arm64"
     unpack(layers, root)
-    assert machine_of(root / "usr/bin/jq") == _ELF_AARCH64
+    assert machine_of(root / "usr/bin/jq") == ELF_AARCH64
 
 
 def test_containerd_gets_an_arm64_image(containerd: Containerd, server: Server) -> None:
     image = server.image("arm64/jq")
     containerd.pull(image, platform="linux/arm64")
     with containerd.mounted(image, "linux/arm64") as root:
-        assert machine_of(root / "usr/bin/jq") == _ELF_AARCH64
+        assert machine_of(root / "usr/bin/jq") == ELF_AARCH64
 
 
 # What isn't there

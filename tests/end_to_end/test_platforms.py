@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chandlery.oci.documents import OCI_INDEX, Platform
 from tests.support.clients import Containerd, Docker, Engine, Podman, Skopeo
+from tests.support.layouts import machine_of
 from tests.support.running import Server
 from tests.support.servers import RunningServer, serving
 
@@ -148,8 +148,3 @@ def test_a_source_is_picked_by_the_first_part(skopeo: Skopeo, configured: Runnin
     named, plain = (skopeo.inspect(f"{address}/{name}:latest")["Digest"] for name in ("ours/jq", "jq"))
     # The same package set, so the same image.
     assert named == plain
-
-
-def machine_of(program: Path) -> int:
-    """Return the machine that an ELF file is for (elf(5), e_machine; 64 bits, little-endian)."""
-    return int.from_bytes(program.read_bytes()[18:20], "little")

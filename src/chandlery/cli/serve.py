@@ -115,11 +115,26 @@ def serve(
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     copy = certificate(settings)
-    popularity = asyncio.run(_check(settings, copy))
+    popularity = _tried(settings, copy)
     encrypted = copy or is_loopback(settings.host) or settings.public_url.startswith("https:")
     if settings.users_file and not encrypted:
         typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
     _serve(settings, copy, popularity)
+
+
+def _tried(settings: Settings, copy: CertificateCopy | None) -> Popularity:
+    """Do what `_check` does; at SIGTERM, die of it when the programs have ended that it was waiting for."""
+
+    async def cancelled_at_sigterm() -> Popularity:
+        checking = asyncio.ensure_future(_check(settings, copy))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, checking.cancel)
+        return await checking
+
+    try:
+        return asyncio.run(cancelled_at_sigterm())
+    except asyncio.CancelledError:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
 
 
 def _serve(settings: Settings, copy: CertificateCopy | None, popularity: Popularity) -> None:

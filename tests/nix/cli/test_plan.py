@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 from chandlery.plan.popularity import Popularity
 from chandlery.telemetry import logs
 from tests.support.debian_packages import PACKAGES, Deb, program
-from tests.support.debian_repository import debian_repository
+from tests.support.debian_repository import SUITE, debian_repository
 from tests.support.package_sets import SOURCE
 from tests.support.plan_commands import run
 from tests.support.servers import HOST_PATHS
@@ -64,6 +64,7 @@ def test_a_plan_says_which_packages_collide(tmp_path: Path, monkeypatch: pytest.
             ("KEYRING", repository.mirrors.keyring),
         ):
             monkeypatch.setenv(f"CHANDLERY_DEBIAN_{name}", value)
+        monkeypatch.setenv("CHANDLERY_SOURCE", f"debian!{SUITE}")
         shown = json.loads(run("plan", "alert", "postfix", "--json"))
         table = run("plan", "alert", "postfix")
         alone = json.loads(run("plan", "alert", "--json"))
