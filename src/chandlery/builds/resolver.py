@@ -23,7 +23,7 @@ from chandlery.telemetry.metrics import Metrics
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # Goes up when the expressions of `nix/expressions` make other derivations of the same package set.
-_DERIVATIONS_VERSION = "4"
+_DERIVATIONS_VERSION = "5"
 
 # Sets of names that are kept, those within sets included.
 _MOST_PLACES = 100

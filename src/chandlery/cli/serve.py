@@ -22,7 +22,7 @@ from chandlery.cli.options import Compression, DataDir, MaxLayers, SettingsFile,
 from chandlery.errors import SettingsError
 from chandlery.image.name import LATEST
 from chandlery.machine.temporary_folder import TemporaryFolder
-from chandlery.nix.stores import MIXED, UNMIXED
+from chandlery.nix.stores import AS_ROOT, AS_USER, MIXED, UNMIXED
 from chandlery.plan.popularity import Popularity
 from chandlery.server.app import create_app
 from chandlery.server.parts import (
@@ -188,6 +188,8 @@ async def _check(settings: Settings, copy: CertificateCopy | None) -> Popularity
         if copy:
             await asyncio.to_thread(copy.update)
         await parts.nix("").check_build()
+        if parts.stores.nix.reach_the_kernel:
+            log.warning(f"{AS_ROOT}: {AS_USER}")
         if parts.stores.nix.mix(trust_domains(parts.sources)):
             log.warning(f"{MIXED}: {UNMIXED}")
         await parts.sources.of("").pin(LATEST, parts.sources.platforms("")[0])

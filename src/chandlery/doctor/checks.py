@@ -28,7 +28,7 @@ from chandlery.errors import ChandleryError, SettingsError
 from chandlery.image.name import LATEST
 from chandlery.maintenance.run_marker import RunMarker
 from chandlery.nix.nix import Nix
-from chandlery.nix.stores import MIXED, UNMIXED
+from chandlery.nix.stores import AS_ROOT, AS_USER, MIXED, UNMIXED
 from chandlery.server.parts import (
     HIDDEN,
     SHOWN,
@@ -250,6 +250,8 @@ async def _sandbox(aside: Settings, made: asyncio.Lock) -> Outcome:
             )
     except ChandleryError as error:
         return Outcome(without_secrets(str(error)), Status.FAILURE, _why_no_namespaces())
+    if open_nix(aside).reach_the_kernel:
+        return Outcome(f"Nix builds in its sandbox, and {AS_ROOT}", Status.WARNING, AS_USER)
     return Outcome("Nix builds in its sandbox")
 
 

@@ -10,6 +10,7 @@ if there are any.
 """
 
 import hashlib
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from chandlery.nix.pinned_source import OWN_DOMAIN, PinnedSource
 # What is to be said where `mix` is true, and what to do.
 MIXED = "builders of one package set could change what is in another's images: Nix has no build users here"
 UNMIXED = 'set nix_store = "own", or let Nix have build users'
+
+# What is to be said where root builds in a store of its own, and what to do: root owns /proc/sys in every
+# user namespace.
+AS_ROOT = "builders of root's Nix could write settings of the kernel (/proc/sys), and so reach this machine"
+AS_USER = "run the server as an ordinary user"
 
 _OWN = "nix"
 _OTHERS = "nix-stores"
@@ -63,6 +69,11 @@ class NixStores:
         """Return whether the builders of one of these trust domains could change what is another's."""
         shared = self._one is not None and len(set(domains)) > 1
         return shared and not builds_as_others()
+
+    @property
+    def reach_the_kernel(self) -> bool:
+        """Return whether builders have root's rights where the kernel asks only who they are."""
+        return self._one is None and os.geteuid() == 0
 
     def _at(self, folder: Path) -> Nix:
         if folder not in self._stores:

@@ -66,8 +66,10 @@ in_root=$(cat <<'ROOT'
     ulimit -t 2
     ulimit -f 1024
     ulimit -v 1000000
-    # No globs (-f): what a package has is known, and what other packages have isn't.
-    exec env -i PATH=/nonexistent LC_ALL=C DPKG_MAINTSCRIPT_NAME=postinst DPKG_ROOT= \
+    # No globs (-f): what a package has is known, and what other packages have isn't. What is on the PATH must be
+    # nothing that a package can have. No program runs; if one did, it would have no rights.
+    exec env -i PATH=/.bash/none LC_ALL=C DPKG_MAINTSCRIPT_NAME=postinst DPKG_ROOT= \
+        /usr/bin/setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+sys_chroot \
         /usr/sbin/chroot root "/.bash/${loader##*/}" --library-path /.bash \
         /.bash/bash --noprofile --norc --restricted -f /.bash/postinst.restricted configure ''
 ROOT

@@ -32,9 +32,27 @@ for deb in $debs; do
     tar --list --verbose --file data.tar --quoting-style=escape |
         sed -n "s,^l.* \(\./\($merged\)\) -> .*,\1,p" > merged-links
     ! grep -q '^\./nix-support\(/\|$\)' paths || refuse 'it has files in /nix-support, which is for what Chandlery must know'
-    # tar follows links that an earlier .deb has brought, as a package may stand in a folder that another links to.
-    perl -ne '
+    # Of this .deb: its own links, and to what its hard links lead. Names may have the words in them that stand
+    # before a target, so every way to read a line counts.
+    tar --list --verbose --file data.tar --quoting-style=escape | MERGED="$merged" perl -ne '
+        BEGIN { ($merged = $ENV{MERGED}) =~ s{\\}{}g; open $links, ">", "links"; open $targets, ">", "targets" }
         chomp;
+        my ($type, $rest) = m{^([lh])\S+ +\S+ +\d+ +\S+ +\S+ (.*)$} or next;
+        my ($words, @parts) = $type eq "l" ? (" -> ") : (" link to ");
+        @parts = split m{\Q$words\E}, $rest, -1;
+        for my $cut (1 .. $#parts) {
+            my $path = $type eq "l" ? join $words, @parts[0 .. $cut - 1] : join $words, @parts[$cut .. $#parts];
+            next if $type eq "l" && $path =~ m{^\./($merged)$};
+            $path =~ s{^\./($merged)(/.*)?$}{"./usr/$1" . ($2 // "")}e;
+            print { $type eq "l" ? $links : $targets } "$path\n";
+        }
+    '
+    # tar follows links: those that an earlier .deb has brought, as a package may stand in a folder that another
+    # links to, and its own.
+    perl -ne '
+        BEGIN { open my $links, "<", "links"; chomp(my @links = <$links>); $own{$_} = 1 for @links }
+        chomp;
+        for (my $above = $_; $above =~ s{/[^/]*$}{};) { die "$_ lies behind a link of its own\n" if $own{$above} }
         s{\\([0-7]{3}|.)}{ length $1 == 3 ? chr oct $1 : { n => "\n", t => "\t", b => "\b", f => "\f", r => "\r", a => "\a", v => "\013" }->{$1} // $1 }ge;
         my @parts = grep { length && $_ ne "." } split m{/};
         die "it has the path $_\n" if grep { $_ eq ".." } @parts;
@@ -55,7 +73,7 @@ for deb in $debs; do
             }
             push @at, $part;
         }
-    ' paths 2> reason || refuse "$(cat reason)"
+    ' paths targets 2> reason || refuse "$(cat reason)"
     # A Nix store has no device files, and a container gets its own /dev.
     tar --extract --file data.tar --directory "$out" --no-same-owner --no-same-permissions --delay-directory-restore \
         --keep-directory-symlink --no-wildcards --anchored --exclude-from merged-links \

@@ -292,9 +292,14 @@ class DebianIndex:
         progress.reading()
         # Seconds of pure computation, with half a gigabyte: in a process of its own, which ends with it.
         async with ProcessPool(1) as processes:
-            unresolved = await processes.run(
-                keep_snapshot, self._folder, state, revision, architecture, packages
-            )
+            try:
+                unresolved = await processes.run(
+                    keep_snapshot, self._folder, state, revision, architecture, packages
+                )
+            except (LookupError, TypeError, ValueError) as error:
+                # What a package says of itself is anybody's text: the last good revision serves meanwhile.
+                reason = f"its packages for {architecture} can't be read: {error!r}"
+                raise SourceUnavailableError(f"debian!{self._suite}", reason) from error
         return len(unresolved)
 
     async def _packages(

@@ -207,6 +207,10 @@ class _Resolver:
     def _needs(self, package: Package) -> list[str]:
         chosen = []
         for alternatives in package.depends:
+            if not alternatives:
+                # It says something that is no relation, such as a variable that was never replaced.
+                self._unresolved.append(f"{package.name}: ?")
+                continue
             first = alternatives[0].package
             if len(alternatives) == 1 and first in self._packages and first not in self._providers:
                 # There is no other choice, so the version isn't compared: that is the slow part.

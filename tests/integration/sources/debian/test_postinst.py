@@ -1,3 +1,5 @@
+import platform
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +124,35 @@ def test_a_script_can_run_no_program_and_write_no_file(package: Package, attempt
     assert package.recorded(f"{ONE}\n{attempt}\n{TWO}\n") in (["one", "two"], ["one"])
     assert package.left() == set()
     assert [(path.name, path.read_bytes()) for path in (package.root / "usr/bin").iterdir()] == [("own", b"")]
+
+
+def static_program(says: bytes) -> bytes:
+    """Return an ELF file that writes a text and needs nothing else (x86-64, Linux)."""
+    code = (
+        b"\xb8\x01\0\0\0"  # mov eax, 1 (write)
+        b"\xbf\x01\0\0\0"  # mov edi, 1
+        b"\x48\x8d\x35\x10\0\0\0"  # lea rsi, [rip + 16]
+        b"\xba" + len(says).to_bytes(4, "little") + b"\x0f\x05"  # mov edx, the length; syscall
+        b"\xb8\x3c\0\0\0\x31\xff\x0f\x05" + says  # mov eax, 60 (exit); xor edi, edi; syscall
+    )
+    base, headers = 0x400000, 64 + 56
+    size = headers + len(code)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 4096)
+    return header + segment + code
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the program is one of x86-64")
+@pytest.mark.parametrize("folder", ["nonexistent", "none", ".bash/none", "usr/bin", "bin"])
+def test_no_program_of_the_package_runs_either(package: Package, folder: str) -> None:
+    made = package.root / folder / "own-program"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_bytes(static_program(b"alternative\t/usr/bin/ran\tran\t/usr/bin/own\t1\n"))
+    made.chmod(0o755)
+    assert subprocess.run([made], check=True, capture_output=True).stdout.startswith(b"alternative")
+    attempts = f"own-program; command own-program; /{folder}/own-program; exec own-program"
+    assert package.recorded(f"{ONE}\n{attempts}\n") == ["one"]
 
 
 @pytest.mark.parametrize(

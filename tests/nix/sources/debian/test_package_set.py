@@ -17,7 +17,7 @@ from chandlery.nix.nix import Nix, NixLimits, Resolution
 from chandlery.nix.pinned_source import PinnedSource
 from chandlery.oci.documents import Platform
 from chandlery.sources.debian.source import DebianSource
-from tests.support.debian_packages import PACKAGES, Deb, Member, directory, program, symlink
+from tests.support.debian_packages import PACKAGES, Deb, Member, directory, hard_link, program, symlink
 from tests.support.debian_repository import SECURITY, SUITE, DebianRepository, Fault, debian_repository
 from tests.support.nix_package_set import resolve
 from tests.support.ordinary_user import ordinary_folder, run_as_ordinary_user
@@ -466,6 +466,28 @@ class TestHostilePackages:
         built = await machine.build("a")
         assert machine.read(built, "opt/new/b") == "b"
         assert machine.entries(built)["opt/old"].target == b"new"
+
+    @pytest.mark.parametrize("link", ["aa", "aa -> b", "lib/aa"])
+    async def test_a_deb_is_not_unpacked_behind_a_link_of_its_own(
+        self, tmp_path: Path, repository: DebianRepository, link: str
+    ) -> None:
+        """It may lead to one that an earlier .deb brought, and that out of the output."""
+        first = Deb("a", fields={"Depends": "b"}, files={"esc": symlink("..")})
+        second = Deb(
+            "b", fields={"Depends": "a"}, files={link: symlink("esc"), f"{link}/file": Member(b"evil")}
+        )
+        machine = self.published(tmp_path, repository, first, second)
+        with pytest.raises(BuildError, match="lies behind a link of its own"):
+            await machine.build("a")
+
+    async def test_a_hard_link_leads_to_nothing_behind_a_link(
+        self, tmp_path: Path, repository: DebianRepository
+    ) -> None:
+        first = Deb("a", fields={"Depends": "b"}, files={"esc": symlink("..")})
+        second = Deb("b", fields={"Depends": "a"}, files={"usr/file": hard_link("esc/other/file")})
+        machine = self.published(tmp_path, repository, first, second)
+        with pytest.raises(BuildError, match="a link leads out of the package"):
+            await machine.build("a")
 
     async def test_a_link_that_leads_out_of_the_output_is_not_followed(
         self, tmp_path: Path, repository: DebianRepository

@@ -237,6 +237,14 @@ def test_of_the_same_version_the_first_repository_has_it() -> None:
     assert [each.repository for each in snapshot_of(*copies).units["git"].packages] == [0]
 
 
+@pytest.mark.parametrize("odd", ["?", "${shlibs:Depends}", "|", "? | !"])
+def test_what_is_no_relation_is_told_and_left_out(odd: str) -> None:
+    snapshot = snapshot_of(package("a", f"b, {odd}"), package("b"))
+
+    assert snapshot.unresolved == ("a: ?",)
+    assert needed(snapshot, "a") == ("b",)
+
+
 def test_what_nothing_meets_is_told_and_left_out() -> None:
     snapshot = snapshot_of(package("a", "gone | lost, b"), package("b", "c (>= 2) | gone"), package("c"))
 
