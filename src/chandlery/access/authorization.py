@@ -3,7 +3,6 @@
 Basic is RFC 7617, Bearer RFC 6750; scopes are those of distribution's "Token Scope Documentation".
 """
 
-import binascii
 import re
 from base64 import b64decode
 from collections.abc import Iterable
@@ -55,7 +54,7 @@ def parse_authorization(header: str | None) -> Credentials | None:
 def _basic(text: str) -> Password | None:
     try:
         decoded = b64decode(text, validate=True).decode()
-    except (binascii.Error, UnicodeError):
+    except ValueError:
         decoded = ""
     user, separator, password = decoded.partition(":")
     if not separator or _CONTROL.search(decoded):

@@ -66,7 +66,11 @@ class Rule(BaseModel):
         if not self.allows_source(source):
             return (_from_source(request),)
         names = (*request.profiles, *request.packages)
-        return tuple(name for name in names if self.denies((name,)) or not _matches(name, self.allow))
+        return tuple(
+            name
+            for name in names
+            if self.denies(paths_within(name.split("."))) or not _matches(name, self.allow)
+        )
 
     def allows_source(self, names: Iterable[str]) -> bool:
         """Return whether a package source that is called so may be pulled from."""

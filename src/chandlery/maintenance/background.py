@@ -99,7 +99,10 @@ async def _check(scrub: Scrub, marker: RunMarker, settings: Settings, rate: int)
 
 async def _take_over(images: Images) -> None:
     while not images.queue.stopping:
-        await images.take_over()
+        try:
+            await images.take_over()
+        except OSError as error:
+            log.warning("unfinished builds can't be taken over now", reason=str(error))
         await asyncio.sleep(_TAKE_OVER_INTERVAL)
 
 

@@ -180,6 +180,6 @@ async def _refresh_one(configured: ConfiguredSource) -> None:
             # What image names choose by default is there before anybody asks.
             for platform in configured.platforms:
                 await source.pin(LATEST, platform)
-        except ChandleryError as error:
+        except (ChandleryError, OSError) as error:
             log.warning("the package source can't be refreshed", source=source.text, error=str(error))
         await asyncio.sleep(min(configured.pin_lifetime, 60.0))

@@ -54,6 +54,7 @@ def test_a_token_is_read_as_it_was_written(token: str) -> None:
             "Basic YWxpY2U=",
             "Basic YWxpY2U6eA",
             "Basic /w==",
+            "Basic \xff",
             "Basic OmFcYgA==",
         ),
         *("Bearer", "Bearer ", "Bearer two words", "Bearer ü", "Digest username=alice", "alice:wonderland"),

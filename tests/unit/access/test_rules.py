@@ -40,6 +40,12 @@ def test_a_rule_names_what_it_refuses(rule: Rule, name: str, denied: tuple[str, 
     assert rule.denied(request(name), SOURCE) == denied
 
 
+@pytest.mark.parametrize("name", ["1password-gui", "pkgs.1password-gui", "pkgs.1password-gui.out"])
+def test_deny_looks_at_each_part_of_what_is_written(name: str) -> None:
+    assert Rule(deny=("1password-g*",)).denied(request(name), SOURCE) == (name,)
+    assert Rule(deny=("1password",)).denied(request(name), SOURCE) == ()
+
+
 def test_a_rule_may_be_about_package_sources() -> None:
     rule, refused = Rule(sources=("path!/srv/*", "debian!bookworm")), ("from the default source",)
     assert rule.denied(request("git"), ["debian!bookworm"]) == ()
