@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import os
+import resource
 import signal
 import socket
 from contextlib import ExitStack
@@ -43,6 +44,7 @@ from chandlery.telemetry import logs
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 _PR_SET_PDEATHSIG = 1
+_MOST_FILES = 65536
 
 
 def serve(
@@ -112,6 +114,7 @@ def serve(
         log.warning(notice)
     if hides_images(settings):
         log.warning(f"{HIDDEN}: {SHOWN}")
+    _allow_connections()
     _check_address(settings)
     # Whatever can't work is said now, in one line, rather than by a worker that dies.
     copy = certificate(settings)
@@ -120,6 +123,15 @@ def serve(
     if settings.users_file and not encrypted:
         typer.echo("Passwords come unencrypted: set tls_certificate and tls_key, or public_url.", err=True)
     _serve(settings, copy, popularity)
+
+
+def _allow_connections() -> None:
+    """Let the server have as many files open as it may: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Programs that close all that they might have open take their time where the limit is a billion.
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _tried(settings: Settings, copy: CertificateCopy | None) -> Popularity:

@@ -4,6 +4,7 @@ GET is distribution's "Token Authentication Specification", POST its "Oauth2 Tok
 containerd tries first. There are no refresh tokens: clients keep the password.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from urllib.parse import parse_qs
@@ -18,6 +19,7 @@ from chandlery.image.name import NamePrefixes
 
 # Passwords and scopes are short.
 _LARGEST_FORM = 16 << 10
+_FORM_TIMEOUT = 10.0  # seconds
 _NO_STORE = {"cache-control": "no-store"}
 
 
@@ -61,10 +63,15 @@ def _form_credentials(form: Mapping[str, Sequence[str]]) -> Credentials | None:
     return Password(user, password) if user else None
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, timeout: float = _FORM_TIMEOUT) -> bytes:
+    """Return the form of a request; a client that stops sending it holds no connection for long."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > _LARGEST_FORM:
-            raise CredentialsError("the form is too large")
+    try:
+        async with asyncio.timeout(timeout):
+            async for part in request.stream():
+                body += part
+                if len(body) > _LARGEST_FORM:
+                    raise CredentialsError("the form is too large")
+    except TimeoutError:
+        raise CredentialsError("the form has not come in time") from None
     return bytes(body)
