@@ -651,7 +651,9 @@ async def test_a_mirror_that_sends_more_than_is_listed_is_stopped(
 ) -> None:
     repository.files[f"/debian/dists/{SUITE}/{PACKAGES_OF_AMD64}"] += bytes(50 << 20)
     await fails(index, "apt said: ")
-    written = sum(path.stat().st_size for path in index._folder.rglob("*") if path.is_file())
+    # apt 3 keeps what it knows of the machine's own packages in caches, whatever a mirror sends.
+    files = (path for path in index._folder.rglob("*") if path.is_file() and path.suffix != ".bin")
+    written = sum(path.stat().st_size for path in files)
     assert written < 1 << 20
 
 
